@@ -56,11 +56,26 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from pvae import baselines, bounds, data, evidence, gradients, guides, models, plots, schedules
-    from pvae.comparison import compare
-    from pvae.errors import PvaeError
-    from pvae.evidence import Evidence
-    from pvae.objectives import Objective, beta_vae, dreg, iwae, stl, vae
-    from pvae.particles import Particles, draw
-    from pvae.runs import load
-    from pvae.training import Run, fit
+    from pvae import baselines as baselines
+    from pvae import bounds as bounds
+    from pvae import data as data
+    from pvae import evidence as evidence
+    from pvae import gradients as gradients
+    from pvae import guides as guides
+    from pvae import models as models
+    from pvae import plots as plots
+    from pvae import schedules as schedules
+    from pvae.comparison import compare as compare
+    from pvae.errors import PvaeError as PvaeError
+    from pvae.evidence import Evidence as Evidence
+    from pvae.objectives import Objective as Objective
+    from pvae.objectives import beta_vae as beta_vae
+    from pvae.objectives import dreg as dreg
+    from pvae.objectives import iwae as iwae
+    from pvae.objectives import stl as stl
+    from pvae.objectives import vae as vae
+    from pvae.particles import Particles as Particles
+    from pvae.particles import draw as draw
+    from pvae.runs import load as load
+    from pvae.training import Run as Run
+    from pvae.training import fit as fit

@@ -1,0 +1,67 @@
+"""Networks that map tensors to tensors; none of them knows of distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pvae.errors import OptionError, did_you_mean
+
+__all__ = ["MLP", "activation"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """The activation called ``name``: elu, gelu, leaky_relu, relu, silu, softplus or tanh.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name not in _ACTIVATIONS:
+        raise OptionError(f"no activation is called {name!r}: {did_you_mean(name, _ACTIVATIONS)}")
+    return _ACTIVATIONS[name]()
+
+
+class MLP(nn.Sequential):
+    """A multilayer perceptron ``(*, in_features) -> (*, out_features)``.
+
+    Args:
+        in_features: Size of the last dimension of the input.
+        out_features: Size of the last dimension of the output.
+        hidden: Width of each hidden layer; empty for a linear map.
+        activation_name: Non-linearity after each hidden layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: Sequence[int] = (200, 200),
+        *,
+        activation_name: str = "tanh",
+    ) -> None:
+        layers: list[nn.Module] = []
+        width = in_features
+        for size in hidden:
+            layers += [nn.Linear(width, size), activation(activation_name)]
+            width = size
+        super().__init__(*layers, nn.Linear(width, out_features))
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the network: ``(*, in_features) -> (*, out_features)``."""
+        y: Tensor = super().forward(x)
+        return y

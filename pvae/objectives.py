@@ -1,0 +1,395 @@
+"""Objectives: a bound, a gradient estimator and a KL weight, for any pair.
+
+An :class:`Objective` is never a model: beta-VAE, IWAE, DReG and annealing are one line each.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pvae.bounds import RenyiBound, elbo, iw_elbo
+from pvae.errors import ObjectiveError
+from pvae.gradients import (
+    Gradient,
+    Terms,
+    doubly_reparameterized,
+    pathwise,
+    stick_the_landing,
+)
+from pvae.particles import Layout, Particles, inspect, module_of, sum_terms
+from pvae.schedules import Schedule, as_schedule, free_bits
+
+__all__ = [
+    "Loss",
+    "Objective",
+    "PyroObjective",
+    "as_objective",
+    "beta_vae",
+    "dreg",
+    "iwae",
+    "stl",
+    "vae",
+]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One evaluation of an objective on a batch.
+
+    Attributes:
+        loss: ``()``, minus the mean bound per datum; differentiate this.
+        bound: ``(B,)`` the quoted bound at the current KL weight, nats per datum.
+        elbo: ``(B,)`` the ELBO at KL weight one.
+        reconstruction: ``(B,)`` mean over particles of ``log p(x|z)``.
+        kl: ``(B,)`` mean over particles of ``log q(z|x) - log p(z)``, or its closed form.
+        log_weights: ``(K, B)``, for finding what went wrong; ``None`` for Pyro's own ELBOs.
+    """
+
+    loss: Tensor
+    bound: Tensor
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    particles: Particles | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    r"""A bound on the log evidence, with the estimator of its gradient.
+
+    The quoted value is ``bound(log w)`` with
+    ``log w = log p(x|z) + beta (log p(z) - log q(z|x))``, per datum, in nats; positive is better.
+
+    Args:
+        bound: ``(K, B) -> (B,)``; see :mod:`pvae.bounds`.
+        gradient: How it is differentiated; see :mod:`pvae.gradients`.
+        num_particles: K.
+        beta: Weight of the KL, a number or a schedule ``step -> weight``.
+        free_bits: Nats below which a latent site's KL costs nothing (ELBO only).
+        analytic_kl: Use the closed form of each site's KL where Pyro knows it (ELBO only).
+        data_plate: Name of the plate that indexes the data, where several could.
+        vectorize: Run all particles at once.
+
+    Raises:
+        ObjectiveError: The combination is unsound; the message names the alternative.
+    """
+
+    bound: Callable[[Tensor], Tensor] = elbo
+    gradient: Gradient = pathwise
+    num_particles: int = 1
+    beta: float | Schedule = 1.0
+    free_bits: float = 0.0
+    analytic_kl: bool = False
+    data_plate: str | None = None
+    vectorize: bool = True
+    _seen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.num_particles < 1:
+            raise ObjectiveError(f"num_particles must be at least 1, got {self.num_particles}")
+        if not callable(self.beta) and self.beta < 0:
+            raise ObjectiveError(f"beta must not be negative, got {self.beta}")
+        if getattr(self.bound, "is_upper", False):
+            raise ObjectiveError(
+                f"{self.bound!r} is an upper bound, and raising it does not raise the evidence: "
+                "train with elbo, iw_elbo or renyi(alpha >= 0) and evaluate it afterwards"
+            )
+        self.gradient.check(self.bound, self.num_particles)
+        if self.free_bits and not (
+            self.additive and self.gradient in (pathwise, stick_the_landing)
+        ):
+            raise ObjectiveError(
+                "free_bits holds for bound=elbo with gradient=pathwise or stick_the_landing, got "
+                f"{self.bound!r} with {self.gradient!r}"
+            )
+        if self.analytic_kl and not (self.additive and self.gradient == pathwise):
+            raise ObjectiveError(
+                "analytic_kl holds for bound=elbo with gradient=pathwise, got "
+                f"{self.bound!r} with {self.gradient!r}: use analytic_kl=False"
+            )
+
+    @property
+    def additive(self) -> bool:
+        """Whether the bound is linear in log w, as only the ELBO is."""
+        return isinstance(self.bound, RenyiBound) and self.bound.additive
+
+    @property
+    def schedule(self) -> Schedule:
+        """The KL weight as a function of the step."""
+        return as_schedule(self.beta)
+
+    def prepare(self, model: Any, guide: Any, batch: Any) -> Layout:
+        """Look at a pair once: its layout, refused where the objective is unsound for it.
+
+        Raises:
+            ProgramError: The programs do not fit each other.
+            ObjectiveError: They fit, but not this objective.
+        """
+        layout = inspect(model, guide, batch, data_plate=self.data_plate, vectorize=self.vectorize)
+        self.gradient.check_pair(layout)
+        if layout.globals and not self.additive:
+            raise ObjectiveError(
+                f"site {layout.globals[0]!r} is shared by all data, and {self.bound!r} does not add "
+                "up over data: use bound=elbo, or move the site inside the data plate"
+            )
+        module = module_of(guide)
+        if self.needs_score and len(layout.event_dims) > 1 and module is not None:
+            for name, part in module.named_modules():
+                if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p > 0:
+                    raise ObjectiveError(
+                        f"{self.gradient!r} weighs a guide of several sites twice, and dropout "
+                        f"({name!r}) would differ between the two: use gradient=pathwise"
+                    )
+        return layout
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether the guide is weighed a second time with its draws held fixed."""
+        return self.gradient in (stick_the_landing, doubly_reparameterized)
+
+    def evaluate(
+        self,
+        model: Any,
+        guide: Any,
+        batch: Any,
+        *,
+        layout: Layout,
+        beta: Any = 1.0,
+        num_data: int | None = None,
+    ) -> Loss:
+        """The objective on one batch, with everything that is logged about it.
+
+        Args:
+            model: The generative program.
+            guide: The inference program.
+            batch: As for :func:`pvae.draw`.
+            layout: From :meth:`prepare`.
+            beta: KL weight at this step.
+            num_data: N, by which global sites are divided; the batch's own size if ``None``.
+        """
+        options = {"analytic_kl": True} if self.analytic_kl else {}
+        particles = self.gradient.draw(
+            model, guide, batch, self.num_particles, layout=layout, **options
+        )
+        if particles.relative_scale and not self.additive:
+            role, site = next(iter(particles.relative_scale))
+            raise ObjectiveError(
+                f"site {site!r} has a poutine.scale of its own, which {self.bound!r} cannot honour "
+                "outside its logarithm: use beta= for a KL weight, or bound=elbo"
+            )
+        factor = _relative(particles.scale, particles.plate_scale)
+        surrogate = self._surrogate(particles, layout, beta)
+        quoted = self._quoted(particles, beta)
+        kl = self._site_kl(particles, particles.log_q)
+        reconstruction = particles.log_likelihood.mean(0)
+        total_kl = sum_terms(kl).mean(0)
+        per_datum = (factor * surrogate).mean() + self._globals(particles, beta, num_data)
+        value = (factor * quoted).mean() + self._globals(particles, beta, num_data)
+        loss = -(per_datum - per_datum.detach() + value.detach())
+        return Loss(
+            loss=loss,
+            bound=quoted.detach(),
+            elbo=(reconstruction - total_kl).detach(),
+            reconstruction=reconstruction.detach(),
+            kl=total_kl.detach().expand_as(reconstruction),
+            particles=particles,
+        )
+
+    def _site_kl(self, particles: Particles, log_q: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each latent site's KL, ``(K, B)``; auxiliary guide sites count with ``log q``."""
+        if particles.kl is not None:
+            return particles.kl
+        zero = torch.zeros(())
+        return {name: term - particles.log_p.get(name, zero) for name, term in log_q.items()}
+
+    def _quoted(self, particles: Particles, beta: Any) -> Tensor:
+        kl = sum_terms(_scaled(particles, "q", self._site_kl(particles, particles.log_q)))
+        likelihood = {n: particles.log_p[n] for n in particles.observed}
+        return self.bound(sum_terms(_scaled(particles, "p", likelihood)) - beta * kl)
+
+    def _surrogate(self, particles: Particles, layout: Layout, beta: Any) -> Tensor:
+        log_q = _scaled(particles, "q", particles.log_q)
+        held = self._held(particles)
+        if particles.kl is not None or self.free_bits:
+            kl = _scaled(particles, "q", self._site_kl(particles, held or particles.log_q))
+            return self._elbo(particles, kl, beta)
+        log_p = _scaled(particles, "p", particles.log_p)
+        likelihood = sum_terms({n: log_p[n] for n in particles.observed})
+        prior = sum_terms({n: t for n, t in log_p.items() if n not in particles.observed})
+        score_sites = self.gradient.score_sites(layout)
+        terms = Terms(
+            log_joint=likelihood + beta * prior,
+            log_q=sum_terms(log_q),
+            held=None if held is None else sum_terms(_scaled(particles, "q", held)),
+            score=sum_terms({n: t for n, t in log_q.items() if n in score_sites}),
+        )
+        return self.gradient.surrogate(self.bound, terms, beta, particles.gate)
+
+    def _held(self, particles: Particles) -> dict[str, Tensor] | None:
+        """``log q`` with the guide's parameters held: the value minus its score."""
+        if particles.score is None:
+            return None
+        return {n: t - (t_s - t_s.detach()) for (n, t), t_s in zip(
+            particles.log_q.items(), particles.score.values(), strict=True)}  # fmt: skip
+
+    def _elbo(self, particles: Particles, kl: dict[str, Tensor], beta: Any) -> Tensor:
+        likelihood = {n: particles.log_p[n] for n in particles.observed}
+        reconstruction = sum_terms(_scaled(particles, "p", likelihood)).mean(0)
+        if not self.free_bits:
+            return reconstruction - beta * sum_terms(kl).mean(0)
+        paid = [free_bits(term, self.free_bits) for term in kl.values()]
+        return reconstruction - beta * torch.stack(paid).sum()
+
+    def _globals(self, particles: Particles, beta: Any, num_data: int | None) -> Any:
+        """The share of one datum in the terms outside the data plate, a scalar."""
+        if not particles.global_log_p and not particles.global_log_q:
+            return 0.0
+        total: Any = 0.0
+        for name, term in particles.global_log_p.items():
+            total = total + (term if name in particles.observed else beta * term)
+        for term in particles.global_log_q.values():
+            total = total - beta * term
+        rows = particles.shape[1] * particles.plate_scale
+        return total.mean() / (num_data if num_data is not None else rows)
+
+    def __call__(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss that ``pyro.infer.SVI`` minimises: minus the bound, summed and scaled.
+
+        ``-sum_b scale_b * bound_b``, as Pyro's own ELBOs count it. Plain modules are registered
+        with Pyro's parameter store on the way, since SVI trains what is there.
+        """
+        batch: Any = kwargs if kwargs else (args[0] if len(args) == 1 else args)
+        state = self._state(model, guide, batch)
+        for program in (model, guide):
+            module = module_of(program)
+            if module is not None and not isinstance(program, pyro.nn.PyroModule):
+                pyro.module(_store_name(module), module)
+        loss = self.evaluate(
+            model, guide, batch, layout=state["layout"], beta=self.schedule(state["step"])
+        )
+        if torch.is_grad_enabled():
+            state["step"] += 1
+        particles = loss.particles
+        rows = particles.shape[1] if particles is not None else loss.bound.shape[0]
+        return loss.loss * rows * (particles.plate_scale if particles is not None else 1.0)
+
+    def _state(self, model: Any, guide: Any, batch: Any) -> dict[str, Any]:
+        if (model, guide) not in self._seen:
+            layout = self.prepare(model, guide, batch)
+            self._seen.clear()
+            self._seen[model, guide] = {"layout": layout, "step": 0}
+        state: dict[str, Any] = self._seen[model, guide]
+        return state
+
+
+_STORE_NAMES: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+_STORE_COUNT = iter(range(10**9))
+
+
+def _store_name(module: torch.nn.Module) -> str:
+    """A name in Pyro's store that no other module of this process ever has."""
+    if module not in _STORE_NAMES:
+        _STORE_NAMES[module] = f"pvae.{type(module).__name__}.{next(_STORE_COUNT)}"
+    return _STORE_NAMES[module]
+
+
+def _relative(scale: Any, plate_scale: float) -> Any:
+    """``poutine.scale`` alone: what is left of the common factor without the data plate's N/B."""
+    return scale / plate_scale
+
+
+def _scaled(particles: Particles, role: str, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Terms times their own factor where it differs from the common one."""
+    if not particles.relative_scale:
+        return terms
+    ratio = particles.relative_scale
+    return {n: t * ratio[role, n] if (role, n) in ratio else t for n, t in terms.items()}
+
+
+@dataclass(frozen=True)
+class PyroObjective:
+    """One of ``pyro.infer``'s own ELBOs behind the interface of :class:`Objective`.
+
+    Only the total is known then: reconstruction and KL are not told apart.
+    """
+
+    elbo: Any
+    beta: float = 1.0
+    num_particles: int = 1
+
+    @property
+    def schedule(self) -> Schedule:
+        """Pyro's ELBOs have no KL weight: one."""
+        return as_schedule(1.0)
+
+    def prepare(self, model: Any, guide: Any, batch: Any) -> None:
+        """Pyro looks at the pair itself."""
+
+    def evaluate(
+        self,
+        model: Any,
+        guide: Any,
+        batch: Any,
+        *,
+        layout: Any = None,
+        beta: Any = 1.0,
+        num_data: int | None = None,
+    ) -> Loss:
+        """Pyro's differentiable loss over the number of rows, as the mean per datum."""
+        from pvae.particles import _leading_size, arguments
+
+        args, kwargs = arguments(batch)
+        rows = _leading_size(batch)
+        loss = self.elbo.differentiable_loss(model, guide, *args, **kwargs) / rows
+        bound = -loss.detach().expand(rows)
+        unknown = torch.full_like(bound, float("nan"))
+        return Loss(loss=loss, bound=bound, elbo=bound, reconstruction=unknown, kl=unknown)
+
+
+def as_objective(objective: Any) -> Objective | PyroObjective:
+    """An Objective as it is; a ``pyro.infer`` ELBO behind the same interface.
+
+    Raises:
+        ObjectiveError: it is neither.
+    """
+    if isinstance(objective, (Objective, PyroObjective)):
+        return objective
+    if isinstance(objective, pyro.infer.ELBO):
+        return PyroObjective(objective)
+    raise ObjectiveError(
+        f"objective must be a pvae.Objective or a pyro.infer ELBO, got {objective!r}: try pvae.vae()"
+    )
+
+
+def vae(num_particles: int = 1, **options: Any) -> Objective:
+    """The ELBO with the pathwise gradient (Kingma & Welling 2014)."""
+    return Objective(num_particles=num_particles, **options)
+
+
+def beta_vae(beta: float | Schedule = 4.0, num_particles: int = 1, **options: Any) -> Objective:
+    """The ELBO with its KL weighted by ``beta`` (Higgins et al. 2017)."""
+    return Objective(beta=beta, num_particles=num_particles, **options)
+
+
+def iwae(num_particles: int = 50, **options: Any) -> Objective:
+    """The importance-weighted ELBO with the pathwise gradient (Burda et al. 2016)."""
+    return Objective(bound=iw_elbo, num_particles=num_particles, **options)
+
+
+def dreg(num_particles: int = 50, **options: Any) -> Objective:
+    """The importance-weighted ELBO with the doubly reparameterised gradient (Tucker et al. 2019)."""
+    return Objective(
+        bound=iw_elbo, gradient=doubly_reparameterized, num_particles=num_particles, **options
+    )
+
+
+def stl(num_particles: int = 1, **options: Any) -> Objective:
+    """The ELBO with the stick-the-landing gradient (Roeder et al. 2017)."""
+    return Objective(gradient=stick_the_landing, num_particles=num_particles, **options)

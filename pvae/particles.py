@@ -1,0 +1,786 @@
+"""The waist: a model and a guide, run on a batch, become log importance weights ``(K, B)``.
+
+Everything above this module is a pure function of :class:`Particles`; this module alone knows
+Pyro's handlers. Plate and ``poutine.scale`` factors are kept apart, so that they multiply a
+datum's bound and never enter a logarithm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor, nn
+
+from pvae.errors import DataError, ProgramError
+
+__all__ = [
+    "Gate",
+    "Layout",
+    "Particles",
+    "draw",
+    "inspect",
+    "log_joint",
+    "parameters",
+    "sample_guide",
+    "sum_terms",
+]
+
+Program = Callable[..., Any]
+Batch = Any  # a tensor, a tuple of tensors or a dict of tensors
+Scale = Any  # a number or a tensor that broadcasts against (B,)
+
+
+@dataclass(frozen=True)
+class Particles:
+    """K draws from the guide for each of B data, weighed by model and guide.
+
+    Attributes:
+        values: Latent site -> draws, ``(K, B, ...)``; outside the data plate ``(K, 1, ...)``.
+        log_p: Model site, latent or observed -> log density ``(K, B)``, unscaled.
+        log_q: Guide site -> log density ``(K, B)``, unscaled, differentiable in every way.
+        observed: Names of the observed sites.
+        score: Guide site -> log density ``(K, B)`` at the draws held fixed, so differentiable in
+            the guide's parameters alone. Only with ``draw(score=True)``.
+        kl: Latent site -> ``KL(q || p)``, ``(K, B)``, in closed form where it is known, else
+            ``log_q - log_p``. Only with ``draw(analytic_kl=True)``.
+        global_log_p: Model sites outside the data plate -> ``(K,)``.
+        global_log_q: Guide sites outside the data plate -> ``(K,)``.
+        scale: Common factor of all terms, from plates (N/B) and ``poutine.scale``.
+        plate_scale: The part of ``scale`` that is due to a subsampled data plate.
+        relative_scale: Terms whose factor differs from the common one -> that ratio.
+        gate: Scales the gradient that flows from the model into the draws, where one was asked for.
+    """
+
+    values: dict[str, Tensor]
+    log_p: dict[str, Tensor]
+    log_q: dict[str, Tensor]
+    observed: tuple[str, ...]
+    score: dict[str, Tensor] | None = None
+    kl: dict[str, Tensor] | None = None
+    global_log_p: dict[str, Tensor] = field(default_factory=dict)
+    global_log_q: dict[str, Tensor] = field(default_factory=dict)
+    scale: Scale = 1.0
+    plate_scale: float = 1.0
+    relative_scale: dict[tuple[str, str], Scale] = field(default_factory=dict)
+    gate: Gate | None = None
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log p(x, z) - log q(z | x)`` of each particle and datum, ``(K, B)``, nats, unscaled."""
+        return sum_terms(self.log_p) - sum_terms(self.log_q)
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """``log p(x | z)``, summed over the observed sites, ``(K, B)``, nats."""
+        return sum_terms({name: self.log_p[name] for name in self.observed})
+
+    @property
+    def log_prior(self) -> Tensor:
+        """``log p(z)``, summed over the latent sites, ``(K, B)``, nats."""
+        return sum_terms({n: v for n, v in self.log_p.items() if n not in self.observed})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(K, B)``."""
+        num_particles, num_data = next(iter(self.log_p.values())).shape
+        return num_particles, num_data
+
+
+def sum_terms(terms: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the ``(K, B)`` terms; a scalar zero when there is none."""
+    return sum(terms.values(), start=torch.zeros(()))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where particles and data lie in a pair's tensors, found once by :func:`inspect`.
+
+    Attributes:
+        particle_dim: Batch dimension of the particle plate, left of every other.
+        data_dim: Batch dimension of the data plate, usually -1.
+        latents: Latent sites inside the data plate, in the model's order.
+        globals: Latent sites outside it.
+        observed: Observed sites.
+        score_sites: Guide sites without a pathwise derivative (discrete ones), name -> family.
+        supports: Observed site -> (key of the batch's tensor, support), where the site's value is
+            that tensor itself.
+        in_order: Whether guide and model draw the latent sites in the same order.
+        vectorize: Whether the programs take all particles at once.
+        event_dims: Latent site -> number of event dimensions.
+    """
+
+    particle_dim: int
+    data_dim: int
+    latents: tuple[str, ...]
+    globals: tuple[str, ...]
+    observed: tuple[str, ...]
+    score_sites: Mapping[str, str]
+    supports: Mapping[str, tuple[Any, Any]]
+    in_order: bool
+    vectorize: bool
+    event_dims: Mapping[str, int]
+
+
+class _Substitute(Messenger):
+    """Gives latent sites (and subsampled plates) the values that the guide drew."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class _Detach(Messenger):
+    """Cuts the path from each draw back to the parameters it was drawn with."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
+class Gate:
+    """Identity on draws whose backward pass multiplies by ``coefficient`` ``(K, B)``, set later."""
+
+    def __init__(self) -> None:
+        self.coefficient: Tensor | None = None
+
+    def __call__(self, value: Tensor, layout: Layout, event_dim: int) -> Tensor:
+        gated = value.view_as(value)
+        if gated.requires_grad:
+            gated.register_hook(lambda grad: self._multiply(grad, layout, event_dim))
+        return gated
+
+    def _multiply(self, grad: Tensor, layout: Layout, event_dim: int) -> Tensor:
+        if self.coefficient is None:
+            return grad
+        num_particles, num_data = self.coefficient.shape
+        shape = [1] * -layout.particle_dim
+        shape[0], shape[layout.data_dim] = num_particles, num_data
+        return grad * self.coefficient.reshape(shape + [1] * event_dim)
+
+
+def draw(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    num_particles: int = 1,
+    *,
+    score: bool = False,
+    detach: bool = False,
+    analytic_kl: bool = False,
+    gate: Gate | None = None,
+    layout: Layout | None = None,
+    data_plate: str | None = None,
+    vectorize: bool = True,
+) -> Particles:
+    r"""Run guide and model on a batch and weigh K particles for each of its B data.
+
+    ``log w[k, b] = log p(x[b], z[k, b]) - log q(z[k, b] | x[b])``. With the exact posterior as
+    guide it is constant over k and equal to ``log p(x[b])``.
+
+    Args:
+        model: A Pyro callable with latent sites and observed sites.
+        guide: A Pyro callable that samples the same latent sites.
+        batch: What both are called with: a tensor ``(B, ...)``, a tuple (positional arguments) or
+            a dict (keyword arguments).
+        num_particles: K.
+        score: Also weigh the draws held fixed (see :attr:`Particles.score`).
+        detach: Cut the pathwise derivative of every draw (for score-function gradients).
+        analytic_kl: Also give each latent site's KL in closed form where it is known.
+        gate: Passed through on the way from the draws into the model (see :class:`Gate`).
+        layout: What :func:`inspect` found for this pair; spares looking, and the checks.
+        data_plate: Name of the plate that indexes the data, where several could.
+        vectorize: Run all particles at once (an outermost plate); ``False`` runs them one by one.
+
+    Returns:
+        The particles, differentiable in the parameters of both programs.
+
+    Raises:
+        ProgramError: The programs do not fit each other, or cannot be run; the message names the
+            site and the remedy.
+    """
+    if num_particles < 1:
+        raise ProgramError(f"num_particles must be at least 1, got {num_particles}")
+    if layout is None:
+        layout = inspect(model, guide, batch, data_plate=data_plate, vectorize=vectorize)
+    if not layout.vectorize and num_particles > 1:
+        parts = [
+            draw(model, guide, batch, 1, score=score, detach=detach, analytic_kl=analytic_kl,
+                 layout=layout)
+            for _ in range(num_particles)
+        ]  # fmt: skip
+        return _stack(parts)
+    guide_trace = _run_guide(guide, batch, num_particles, layout, detach=detach)
+    values = _site_values(guide_trace)
+    replayed = values
+    if gate is not None:
+        replayed = {n: _gated(gate, n, v, layout) for n, v in values.items()}
+    model_trace = _run_model(model, batch, replayed, num_particles, layout)
+    particles = _weigh(model_trace, guide_trace, layout, num_particles, batch)
+    particles = dataclasses.replace(particles, gate=gate)
+    if score:
+        particles = dataclasses.replace(
+            particles, score=_score(guide, batch, guide_trace, layout, num_particles)
+        )
+    if analytic_kl:
+        kl = _closed_form_kl(model_trace, guide_trace, particles, layout, num_particles)
+        particles = dataclasses.replace(particles, kl=kl)
+    return particles
+
+
+def sample_guide(
+    guide: Program, batch: Batch, num_particles: int, layout: Layout
+) -> tuple[dict[str, Any], Tensor]:
+    """The guide alone: draws per site, and their ``log q`` summed over sites, ``(K, B)``.
+
+    The encoder is run once, whatever K is. The draws can be weighed later, in pieces, by
+    :func:`log_joint`.
+    """
+    trace = _run_guide(guide, batch, num_particles, layout, detach=False)
+    terms = _terms(_sites(trace), layout, num_particles, _num_data(trace, layout, batch))
+    return _site_values(trace), sum_terms({n: t for n, t in terms.items() if t.dim() == 2})
+
+
+def log_joint(
+    model: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> Tensor:
+    """``log p(x, z)`` of given draws, unscaled: ``(K, B)``, nats."""
+    trace = _run_model(model, batch, values, num_particles, layout)
+    terms = _terms(_sites(trace), layout, num_particles, _num_data(trace, layout, batch))
+    return sum_terms({n: t for n, t in terms.items() if t.dim() == 2})
+
+
+def parameters(model: Program, guide: Program, batch: Batch) -> dict[str, nn.Parameter | Tensor]:
+    """All trainable tensors of a pair, by a stable name, each once.
+
+    They come from ``parameters()`` where a program is (a method of) a module, and from the
+    parameter statements of its trace (``pyro.param``, ``pyro.module``).
+
+    Raises:
+        ProgramError: There is none.
+    """
+    found: dict[int, tuple[str, Tensor]] = {}
+    for role, program in (("model", model), ("guide", guide)):
+        owner = module_of(program)
+        if owner is not None:
+            for name, value in owner.named_parameters():
+                found.setdefault(id(value), (f"{role}.{name}", value))
+    with _quiet(batch):
+        trace = poutine.trace(_call_both(model, guide, batch), param_only=True).get_trace()
+    for name, node in trace.nodes.items():
+        if node["type"] == "param":
+            leaf = node["value"].unconstrained()
+            found.setdefault(id(leaf), (f"store.{name}", leaf))
+    return {name: value for name, value in found.values() if value.requires_grad}
+
+
+def module_of(program: Program) -> nn.Module | None:
+    """The module that a program is, or is a method of; ``None`` for a plain function."""
+    owner = getattr(program, "__self__", program)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as positional and keyword arguments of a program."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+# --- looking at a pair, once -------------------------------------------------------------------
+
+
+def inspect(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    *,
+    data_plate: str | None = None,
+    vectorize: bool = True,
+) -> Layout:
+    """Run a pair once to find its plates and sites, and refuse what cannot work.
+
+    Draws from a copy of the random state: the caller's stream is left where it was.
+
+    Raises:
+        ProgramError: The programs do not fit each other; the message names site and remedy.
+        DataError: Observed data outside the support of their likelihood.
+    """
+    args, kwargs = arguments(batch)
+    with _quiet(batch):
+        guide_trace = _attempt("guide", poutine.trace(guide), args, kwargs)
+        prior_trace = _attempt_prior(model, args, kwargs)
+        _check_sites(prior_trace, guide_trace)
+        _check_shapes(prior_trace, guide_trace)
+        substituted = _Substitute(_site_values(guide_trace))(model)
+        model_trace = _attempt("model", poutine.trace(substituted), args, kwargs)
+        layout = _find_layout(model_trace, guide_trace, batch, data_plate, vectorize=vectorize)
+        _check_supports(model_trace, batch)
+        _check_vectorized(model, guide, batch, layout)
+    return layout
+
+
+@contextlib.contextmanager
+def _quiet(batch: Batch) -> Iterator[None]:
+    """No gradients and no trace left in the random streams or in an outer handler."""
+    args, kwargs = arguments(batch)
+    tensors = [t for t in [*args, *kwargs.values()] if isinstance(t, Tensor)]
+    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), poutine.block():
+        yield
+
+
+def _attempt(role: str, traced: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return traced.get_trace(*args, **kwargs)
+    except ProgramError:
+        raise
+    except Exception as error:
+        raise ProgramError(f"the {role} failed on the batch: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _attempt_prior(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A trace of the model on its own draws: what it expects of each latent site."""
+    return _attempt("model", poutine.trace(model), args, kwargs)
+
+
+def _is_random(node: Any) -> bool:
+    return node["type"] == "sample" and not isinstance(node["fn"], _Subsample)
+
+
+def _sites(trace: Any) -> dict[str, Any]:
+    return {name: node for name, node in trace.nodes.items() if _is_random(node)}
+
+
+def _latents(trace: Any) -> dict[str, Any]:
+    return {name: node for name, node in _sites(trace).items() if not node["is_observed"]}
+
+
+def _site_values(guide_trace: Any) -> dict[str, Any]:
+    """Values to replay: latent draws, and the indices that subsampled plates took."""
+    return {
+        name: node["value"]
+        for name, node in guide_trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+    }
+
+
+def _check_sites(model_trace: Any, guide_trace: Any) -> None:
+    latents, drawn = _latents(model_trace), _latents(guide_trace)
+    if not latents:
+        raise ProgramError(
+            "the model has no latent site: give it at least one pyro.sample without obs"
+        )
+    if len(latents) == len(_sites(model_trace)):
+        raise ProgramError("the model has no observed site: pass obs=x to one of its pyro.sample")
+    auxiliary = {n for n, node in drawn.items() if node["infer"].get("is_auxiliary")}
+    missing = [n for n in latents if n not in drawn]
+    extra = [n for n in drawn if n not in latents and n not in auxiliary]
+    if missing and all(latents[n]["infer"].get("enumerate") for n in missing):
+        raise ProgramError(
+            f"the guide does not draw {_names(missing)}, which the model enumerates: train with "
+            "objective=pyro.infer.TraceEnum_ELBO(), or draw them in the guide"
+        )
+    if missing:
+        raise ProgramError(
+            f"guide draws sites {_names(drawn)} but the model has latents {_names(latents)}: add "
+            f"{', '.join(map(repr, missing))} to the guide or pass latents=model.latents"
+        )
+    if extra:
+        raise ProgramError(
+            f"guide draws {_names(extra)}, which the model (latents {_names(latents)}) lacks: "
+            "remove it from the guide or mark it infer={'is_auxiliary': True}"
+        )
+
+
+def _names(names: Any) -> str:
+    return "{" + ", ".join(map(repr, names)) + "}"
+
+
+def _check_shapes(model_trace: Any, guide_trace: Any) -> None:
+    for name, node in _latents(model_trace).items():
+        expected, came = tuple(node["value"].shape), tuple(guide_trace.nodes[name]["value"].shape)
+        if expected != came:
+            raise ProgramError(
+                f"site {name!r}: the model expects values of shape {expected}, the guide draws "
+                f"{came}: give both the same size (and the same plates)"
+            )
+        event_dim = node["fn"].event_dim
+        guide_dim = guide_trace.nodes[name]["fn"].event_dim
+        if event_dim != guide_dim:
+            raise ProgramError(
+                f"site {name!r}: the model treats its last {event_dim} dimensions as one event, "
+                f"the guide its last {guide_dim}: add .to_event({event_dim}) in the guide"
+            )
+
+
+def _frames(node: Any) -> list[Any]:
+    return [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+
+
+def _find_layout(
+    model_trace: Any, guide_trace: Any, batch: Batch, data_plate: str | None, *, vectorize: bool
+) -> Layout:
+    data_dim = _find_data_dim(model_trace, batch, data_plate)
+    nodes = [*_sites(model_trace).values(), *_sites(guide_trace).values()]
+    depth = max(
+        [-data_dim]
+        + [-frame.dim for node in nodes for frame in _frames(node)]
+        + [len(node["fn"].batch_shape) for node in nodes]
+    )
+    latents = _latents(model_trace)
+    local = [n for n, node in latents.items() if any(f.dim == data_dim for f in _frames(node))]
+    drawn = [n for n in _latents(guide_trace) if n in latents]
+    score_sites = {
+        n: type(_base(node["fn"])).__name__
+        for n, node in _latents(guide_trace).items()
+        if not node["fn"].has_rsample
+    }
+    observed = {n: node for n, node in _sites(model_trace).items() if node["is_observed"]}
+    return Layout(
+        particle_dim=-1 - depth,
+        data_dim=data_dim,
+        latents=tuple(local),
+        globals=tuple(n for n in latents if n not in local),
+        observed=tuple(observed),
+        score_sites=score_sites,
+        supports=_supports(observed, batch),
+        in_order=drawn == list(latents),
+        vectorize=vectorize,
+        event_dims={n: node["fn"].event_dim for n, node in _latents(guide_trace).items()},
+    )
+
+
+def _base(distribution: Any) -> Any:
+    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _find_data_dim(model_trace: Any, batch: Batch, data_plate: str | None) -> int:
+    rows = _leading_size(batch)
+    observed = {n: node for n, node in _sites(model_trace).items() if node["is_observed"]}
+    frames = [frame for node in observed.values() for frame in _frames(node)]
+    wanted = data_plate if data_plate is not None else "data"
+    named = {frame.dim: frame for frame in frames if frame.name == wanted}
+    if data_plate is not None and not named:
+        raise ProgramError(
+            f"no observed site is inside a plate called {data_plate!r}: the plates there are "
+            f"{_names(sorted({frame.name for frame in frames}))}"
+        )
+    fitting = {f.dim: f for f in frames if f.size == rows or f.full_size not in (None, f.size)}
+    found = named or fitting
+    if not found:
+        raise ProgramError(
+            f"the model has no data plate: put observed sites {_names(observed)} inside "
+            f'`with pyro.plate("data", {rows}, dim=-1)`, its size the number of rows of the batch'
+        )
+    if len(found) > 1:
+        either = " and ".join(f"{f.name!r} (dim {f.dim})" for f in found.values())
+        raise ProgramError(
+            f"the model has two data plates, {either}, each as long as the batch: call one of them "
+            '"data" or pass data_plate='
+        )
+    return int(next(iter(found)))
+
+
+def _leading_size(batch: Batch) -> int:
+    args, kwargs = arguments(batch)
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise ProgramError("a batch must hold at least one tensor with a row for each datum")
+
+
+def _supports(observed: Mapping[str, Any], batch: Batch) -> dict[str, tuple[Any, Any]]:
+    args, kwargs = arguments(batch)
+    entries = [*enumerate(args), *kwargs.items()]
+    return {
+        name: (key, node["fn"].support)
+        for name, node in observed.items()
+        for key, value in entries
+        if node["value"] is value
+    }
+
+
+def _check_supports(model_trace: Any, batch: Batch) -> None:
+    for name, node in _sites(model_trace).items():
+        if node["is_observed"] and node["mask"] is None:
+            check_support(name, node["fn"].support, node["value"], _base(node["fn"]))
+
+
+def check_support(name: str, support: Any, value: Tensor, family: Any = None) -> None:
+    """Refuse observed values outside the support of their likelihood.
+
+    Raises:
+        DataError: names the site, the first offending row and value, and what would help.
+    """
+    inside = support.check(value)
+    if bool(inside.all()):
+        return
+    row = int((~inside).nonzero()[0][0])
+    cells = value[row].reshape(-1)
+    unit = support
+    while hasattr(unit, "base_constraint"):
+        unit = unit.base_constraint
+    outside = cells[~unit.check(cells).reshape(-1)] if cells.numel() else cells
+    worst = f"{float(outside[0]):g}" if outside.numel() else "a value outside it"
+    likelihood = f"the {type(family).__name__} likelihood of " if family is not None else ""
+    hint = "; binarise the data (binarize='dynamic') or use continuous_bernoulli or gaussian"
+    is_binary = str(unit).startswith("Boolean")
+    raise DataError(
+        f"{likelihood}site {name!r} takes values in {str(unit).rstrip('()')}, row {row} of the data "
+        f"has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
+    )
+
+
+def _check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layout) -> None:
+    """Two particles at once: the shapes must come out as ``(2, B)`` at every site."""
+    num_particles = 2 if layout.vectorize else 1
+    remedy = "write it so that a leading particle dimension passes through, or pass vectorize=False"
+    try:
+        guide_trace = _run_guide(guide, batch, num_particles, layout, detach=False)
+        values = _site_values(guide_trace)
+        model_trace = _run_model(model, batch, values, num_particles, layout)
+    except Exception as error:
+        raise ProgramError(
+            f"the programs do not run with {num_particles} particles at once "
+            f"({_reason(error)}): {remedy}"
+        ) from error
+    for role, trace in (("model", model_trace), ("guide", guide_trace)):
+        _check_terms(role, trace, layout, num_particles, _num_data(model_trace, layout, batch))
+
+
+def _check_terms(role: str, trace: Any, layout: Layout, num_particles: int, rows: int) -> None:
+    for name, node in _sites(trace).items():
+        shape = tuple(_log_prob(node).shape)
+        excess = len(shape) + layout.particle_dim
+        at_data = shape[layout.data_dim] if len(shape) >= -layout.data_dim else 1
+        if excess > 0 or at_data not in (1, rows):
+            raise ProgramError(
+                f"{role} site {name!r} has a log density of shape {shape}, which does not end in "
+                f"the data dimension of size {rows}: add .to_event(n) for its own dimensions, or a "
+                "plate"
+            )
+        if name in layout.latents and at_data != rows:
+            raise ProgramError(
+                f"{role} site {name!r} is one value for all {rows} data: draw it inside the "
+                '"data" plate, one per datum'
+            )
+
+
+# --- running a pair, every step ----------------------------------------------------------------
+
+
+def _plated(program: Program, num_particles: int, layout: Layout) -> Program:
+    if not layout.vectorize:
+        return program
+    return pyro.plate("particles", num_particles, dim=layout.particle_dim)(program)  # type: ignore[no-any-return]
+
+
+def _run_guide(
+    guide: Program, batch: Batch, num_particles: int, layout: Layout, *, detach: bool
+) -> Any:
+    args, kwargs = arguments(batch)
+    program = _plated(guide, num_particles, layout)
+    if detach:
+        program = _Detach()(program)
+    return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def _run_model(
+    model: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> Any:
+    args, kwargs = arguments(batch)
+    program = _Substitute(values)(_plated(model, num_particles, layout))
+    return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def _call_both(model: Program, guide: Program, batch: Batch) -> Callable[[], None]:
+    def run() -> None:
+        args, kwargs = arguments(batch)
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        _Substitute(_site_values(trace))(model)(*args, **kwargs)
+
+    return run
+
+
+def _gated(gate: Gate, name: str, value: Any, layout: Layout) -> Any:
+    if name not in layout.latents:
+        return value
+    return gate(value, layout, layout.event_dims[name])
+
+
+def _log_prob(node: Any, value: Tensor | None = None) -> Tensor:
+    """Unscaled log density of a site, zero where it is masked out."""
+    value = node["value"] if value is None else value
+    log_prob: Tensor = node["fn"].log_prob(value, *node["args"], **node["kwargs"])
+    mask = node["mask"]
+    if mask is None or mask is True:
+        return log_prob
+    if mask is False:
+        return torch.zeros_like(log_prob)
+    return torch.where(mask, log_prob, log_prob.new_zeros(()))
+
+
+def _num_data(trace: Any, layout: Layout, batch: Batch) -> int:
+    """B: the size of the data plate, which a subsampled plate makes smaller than the batch."""
+    for node in _sites(trace).values():
+        for frame in _frames(node):
+            if frame.dim == layout.data_dim:
+                return int(frame.size)
+    return _leading_size(batch)
+
+
+def _reduce(log_prob: Tensor, layout: Layout, num_particles: int, num_data: int) -> Tensor:
+    """Sum a site over its inner plates: batch shape -> ``(K, B)``."""
+    padded = log_prob.reshape((1,) * (-layout.particle_dim - log_prob.dim()) + log_prob.shape)
+    data_dim = padded.dim() + layout.data_dim
+    inner = [d for d in range(1, padded.dim()) if d != data_dim]
+    summed = padded.sum(inner) if inner else padded
+    return summed.expand(num_particles, num_data)
+
+
+def _is_local(node: Any, log_prob: Tensor, layout: Layout, num_data: int) -> bool:
+    if any(frame.dim == layout.data_dim for frame in _frames(node)):
+        return True
+    return log_prob.dim() >= -layout.data_dim and log_prob.shape[layout.data_dim] == num_data > 1
+
+
+def _term(
+    node: Any, layout: Layout, num_particles: int, num_data: int, value: Tensor | None = None
+) -> Tensor:
+    """A site's log density: ``(K, B)`` inside the data plate, ``(K,)`` outside."""
+    log_prob = _log_prob(node, value)
+    if _is_local(node, log_prob, layout, num_data):
+        return _reduce(log_prob, layout, num_particles, num_data)
+    return _reduce(log_prob, layout, num_particles, 1)[:, 0]
+
+
+def _terms(
+    sites: Mapping[str, Any], layout: Layout, num_particles: int, num_data: int
+) -> dict[str, Tensor]:
+    return {name: _term(node, layout, num_particles, num_data) for name, node in sites.items()}
+
+
+def _weigh(
+    model_trace: Any, guide_trace: Any, layout: Layout, num_particles: int, batch: Batch
+) -> Particles:
+    num_data = _num_data(model_trace, layout, batch)
+    model_sites, guide_sites = _sites(model_trace), _sites(guide_trace)
+    log_p = _terms(model_sites, layout, num_particles, num_data)
+    log_q = _terms(guide_sites, layout, num_particles, num_data)
+    scale, plate_scale, relative = _scales(model_sites, guide_sites, layout)
+    return Particles(
+        values={n: node["value"] for n, node in _latents(guide_trace).items()},
+        log_p={n: t for n, t in log_p.items() if t.dim() == 2},
+        log_q={n: t for n, t in log_q.items() if t.dim() == 2},
+        observed=tuple(n for n, node in model_sites.items() if node["is_observed"]),
+        global_log_p={n: t for n, t in log_p.items() if t.dim() == 1},
+        global_log_q={n: t for n, t in log_q.items() if t.dim() == 1},
+        scale=scale,
+        plate_scale=plate_scale,
+        relative_scale=relative,
+    )
+
+
+def _scales(
+    model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any], layout: Layout
+) -> tuple[Scale, float, dict[tuple[str, str], Scale]]:
+    """The first observed site's factor as the common one; who differs from it, and by what."""
+    reference = model_sites[layout.observed[0]]
+    common = reference["scale"]
+    plate_scale = 1.0
+    for frame in _frames(reference):
+        if frame.dim == layout.data_dim and frame.full_size is not None:
+            plate_scale = frame.full_size / frame.size
+    relative = {}
+    for role, sites in (("p", model_sites), ("q", guide_sites)):
+        for name, node in sites.items():
+            if name in layout.globals or _same(node["scale"], common):
+                continue
+            if role == "q" and not _frames(node) and node["scale"] == 1.0:
+                continue  # a guide without plates follows the model
+            relative[role, name] = node["scale"] / common
+    return common, plate_scale, relative
+
+
+def _same(a: Scale, b: Scale) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return abs(float(a) - float(b)) <= 1e-9 * abs(float(b))
+
+
+def _score(
+    guide: Program, batch: Batch, guide_trace: Any, layout: Layout, num_particles: int
+) -> dict[str, Tensor]:
+    """``log q`` at the draws held fixed, differentiable in the guide's parameters alone.
+
+    A lower site's density depends on a higher site's value: with several sites the guide is run
+    again on the fixed values, so that no path through a draw is left in it.
+    """
+    sites = _latents(guide_trace)
+    num_data = _num_data(guide_trace, layout, batch)
+    fixed = {
+        n: v.detach() if isinstance(v, Tensor) else v for n, v in _site_values(guide_trace).items()
+    }
+    if len(sites) > 1:
+        args, kwargs = arguments(batch)
+        program = _Substitute(fixed)(_plated(guide, num_particles, layout))
+        sites = _latents(poutine.trace(program).get_trace(*args, **kwargs))
+    return {n: _term(s, layout, num_particles, num_data, fixed[n]) for n, s in sites.items()}
+
+
+def _closed_form_kl(
+    model_trace: Any, guide_trace: Any, particles: Particles, layout: Layout, num_particles: int
+) -> dict[str, Tensor]:
+    if not layout.in_order:
+        raise ProgramError(
+            "a closed-form KL needs guide and model to draw their latent sites in the same order: "
+            "reorder the guide or use analytic_kl=False"
+        )
+    num_data = particles.shape[1]
+    kl = {}
+    for name in layout.latents:
+        prior, posterior = model_trace.nodes[name], guide_trace.nodes[name]
+        try:
+            term = torch.distributions.kl_divergence(posterior["fn"], prior["fn"])
+        except NotImplementedError:
+            kl[name] = particles.log_q[name] - particles.log_p[name]
+            continue
+        mask = prior["mask"]
+        if isinstance(mask, Tensor):
+            term = torch.where(mask, term, term.new_zeros(()))
+        kl[name] = _reduce(term, layout, num_particles, num_data)
+    return kl
+
+
+def _stack(parts: list[Particles]) -> Particles:
+    """Particles that were run one by one, joined along K."""
+
+    def join(name: str) -> Any:
+        first = getattr(parts[0], name)
+        if first is None:
+            return None
+        return {key: torch.cat([getattr(part, name)[key] for part in parts]) for key in first}
+
+    values = {k: torch.stack([part.values[k] for part in parts]) for k in parts[0].values}
+    names = ("log_p", "log_q", "score", "kl", "global_log_p", "global_log_q")
+    return dataclasses.replace(parts[0], values=values, **{name: join(name) for name in names})
