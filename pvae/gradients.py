@@ -197,7 +197,8 @@ class DoublyReparameterized:
         coefficient = 1 - beta * (1 - bound.alpha) * (1 - weights)
         if gate is not None:
             gate.coefficient = coefficient
-        return (weights * (terms.log_joint - beta * coefficient * _held(terms))).sum(0)
+        value: Tensor = (weights * (terms.log_joint - beta * coefficient * _held(terms))).sum(0)
+        return value
 
     def __repr__(self) -> str:
         return "doubly_reparameterized"
@@ -249,7 +250,8 @@ class ScoreFunction:
         log_weights = terms.log_joint - beta * terms.log_q
         value = bound(log_weights)
         reward = value.detach() - _leave_one_out(bound, log_weights.detach())
-        return value + beta * terms.score.mean(0) + (reward * terms.score).sum(0)
+        surrogate: Tensor = value + beta * terms.score.mean(0) + (reward * terms.score).sum(0)
+        return surrogate
 
     def __repr__(self) -> str:
         return "score_function" if self.sites == "all" else "mixed"

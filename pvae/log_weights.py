@@ -76,7 +76,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         tiny = math.log(torch.finfo(torch.float64).tiny)
         cutoff = ordered[num_particles - tail_size - 1].clamp(min=tiny)
         lengths = (ordered > cutoff).sum(0)
-        for length in lengths.unique().tolist():  # ties at the cut-off shorten a datum's tail
+        for length in sorted(set(lengths.tolist())):  # ties at the cut-off shorten a datum's tail
             if length < _MIN_TAIL:
                 continue
             for columns in (lengths == length).nonzero().squeeze(-1).split(512):

@@ -23,7 +23,15 @@ from pvae.gradients import (
     pathwise,
     stick_the_landing,
 )
-from pvae.particles import Layout, Particles, inspect, module_of, sum_terms
+from pvae.particles import (
+    Layout,
+    Particles,
+    arguments,
+    inspect,
+    leading_size,
+    module_of,
+    sum_terms,
+)
 from pvae.schedules import Schedule, as_schedule, free_bits
 
 __all__ = [
@@ -102,9 +110,8 @@ class Objective:
                 "train with elbo, iw_elbo or renyi(alpha >= 0) and evaluate it afterwards"
             )
         self.gradient.check(self.bound, self.num_particles)
-        if self.free_bits and not (
-            self.additive and self.gradient in (pathwise, stick_the_landing)
-        ):
+        plain = self.additive and self.gradient in (pathwise, stick_the_landing)
+        if self.free_bits and not plain:
             raise ObjectiveError(
                 "free_bits holds for bound=elbo with gradient=pathwise or stick_the_landing, got "
                 f"{self.bound!r} with {self.gradient!r}"
@@ -136,8 +143,8 @@ class Objective:
         self.gradient.check_pair(layout)
         if layout.globals and not self.additive:
             raise ObjectiveError(
-                f"site {layout.globals[0]!r} is shared by all data, and {self.bound!r} does not add "
-                "up over data: use bound=elbo, or move the site inside the data plate"
+                f"site {layout.globals[0]!r} is shared by all data, and {self.bound!r} does not "
+                "add up over data: use bound=elbo, or move the site inside the data plate"
             )
         module = module_of(guide)
         if self.needs_score and len(layout.event_dims) > 1 and module is not None:
@@ -206,13 +213,14 @@ class Objective:
         """Each latent site's KL, ``(K, B)``; auxiliary guide sites count with ``log q``."""
         if particles.kl is not None:
             return particles.kl
-        zero = torch.zeros(())
-        return {name: term - particles.log_p.get(name, zero) for name, term in log_q.items()}
+        log_p = particles.log_p
+        return {n: term - log_p[n] if n in log_p else term for n, term in log_q.items()}
 
     def _quoted(self, particles: Particles, beta: Any) -> Tensor:
         kl = sum_terms(_scaled(particles, "q", self._site_kl(particles, particles.log_q)))
         likelihood = {n: particles.log_p[n] for n in particles.observed}
-        return self.bound(sum_terms(_scaled(particles, "p", likelihood)) - beta * kl)
+        value: Tensor = self.bound(sum_terms(_scaled(particles, "p", likelihood)) - beta * kl)
+        return value
 
     def _surrogate(self, particles: Particles, layout: Layout, beta: Any) -> Tensor:
         log_q = _scaled(particles, "q", particles.log_q)
@@ -236,16 +244,18 @@ class Objective:
         """``log q`` with the guide's parameters held: the value minus its score."""
         if particles.score is None:
             return None
-        return {n: t - (t_s - t_s.detach()) for (n, t), t_s in zip(
-            particles.log_q.items(), particles.score.values(), strict=True)}  # fmt: skip
+        score = particles.score
+        return {n: t - (score[n] - score[n].detach()) for n, t in particles.log_q.items()}
 
     def _elbo(self, particles: Particles, kl: dict[str, Tensor], beta: Any) -> Tensor:
         likelihood = {n: particles.log_p[n] for n in particles.observed}
         reconstruction = sum_terms(_scaled(particles, "p", likelihood)).mean(0)
         if not self.free_bits:
-            return reconstruction - beta * sum_terms(kl).mean(0)
-        paid = [free_bits(term, self.free_bits) for term in kl.values()]
-        return reconstruction - beta * torch.stack(paid).sum()
+            total = sum_terms(kl).mean(0)
+        else:
+            total = torch.stack([free_bits(term, self.free_bits) for term in kl.values()]).sum()
+        value: Tensor = reconstruction - beta * total
+        return value
 
     def _globals(self, particles: Particles, beta: Any, num_data: int | None) -> Any:
         """The share of one datum in the terms outside the data plate, a scalar."""
@@ -343,10 +353,8 @@ class PyroObjective:
         num_data: int | None = None,
     ) -> Loss:
         """Pyro's differentiable loss over the number of rows, as the mean per datum."""
-        from pvae.particles import _leading_size, arguments
-
         args, kwargs = arguments(batch)
-        rows = _leading_size(batch)
+        rows = leading_size(batch)
         loss = self.elbo.differentiable_loss(model, guide, *args, **kwargs) / rows
         bound = -loss.detach().expand(rows)
         unknown = torch.full_like(bound, float("nan"))
@@ -364,7 +372,8 @@ def as_objective(objective: Any) -> Objective | PyroObjective:
     if isinstance(objective, pyro.infer.ELBO):
         return PyroObjective(objective)
     raise ObjectiveError(
-        f"objective must be a pvae.Objective or a pyro.infer ELBO, got {objective!r}: try pvae.vae()"
+        f"objective must be a pvae.Objective or a pyro.infer ELBO, got {objective!r}: try "
+        "pvae.vae()"
     )
 
 
@@ -384,7 +393,7 @@ def iwae(num_particles: int = 50, **options: Any) -> Objective:
 
 
 def dreg(num_particles: int = 50, **options: Any) -> Objective:
-    """The importance-weighted ELBO with the doubly reparameterised gradient (Tucker et al. 2019)."""
+    """The IW-ELBO with the doubly reparameterised gradient (Tucker et al. 2019)."""
     return Objective(
         bound=iw_elbo, gradient=doubly_reparameterized, num_particles=num_particles, **options
     )

@@ -130,7 +130,7 @@ class Layout:
     event_dims: Mapping[str, int]
 
 
-class _Substitute(Messenger):
+class _Substitute(Messenger):  # type: ignore[misc]
     """Gives latent sites (and subsampled plates) the values that the guide drew."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -142,7 +142,7 @@ class _Substitute(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
-class _Detach(Messenger):
+class _Detach(Messenger):  # type: ignore[misc]
     """Cuts the path from each draw back to the parameters it was drawn with."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -157,9 +157,12 @@ class Gate:
         self.coefficient: Tensor | None = None
 
     def __call__(self, value: Tensor, layout: Layout, event_dim: int) -> Tensor:
+        """Pass draws ``(K, B, ...)`` of a site with ``event_dim`` event dimensions through."""
         gated = value.view_as(value)
         if gated.requires_grad:
-            gated.register_hook(lambda grad: self._multiply(grad, layout, event_dim))
+            gated.register_hook(  # type: ignore[no-untyped-call]
+                lambda grad: self._multiply(grad, layout, event_dim)
+            )
         return gated
 
     def _multiply(self, grad: Tensor, layout: Layout, event_dim: int) -> Tensor:
@@ -475,7 +478,7 @@ def _base(distribution: Any) -> Any:
 
 
 def _find_data_dim(model_trace: Any, batch: Batch, data_plate: str | None) -> int:
-    rows = _leading_size(batch)
+    rows = leading_size(batch)
     observed = {n: node for n, node in _sites(model_trace).items() if node["is_observed"]}
     frames = [frame for node in observed.values() for frame in _frames(node)]
     wanted = data_plate if data_plate is not None else "data"
@@ -501,7 +504,8 @@ def _find_data_dim(model_trace: Any, batch: Batch, data_plate: str | None) -> in
     return int(next(iter(found)))
 
 
-def _leading_size(batch: Batch) -> int:
+def leading_size(batch: Batch) -> int:
+    """Rows of the first tensor in a batch."""
     args, kwargs = arguments(batch)
     for value in [*args, *kwargs.values()]:
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -546,8 +550,8 @@ def check_support(name: str, support: Any, value: Tensor, family: Any = None) ->
     hint = "; binarise the data (binarize='dynamic') or use continuous_bernoulli or gaussian"
     is_binary = str(unit).startswith("Boolean")
     raise DataError(
-        f"{likelihood}site {name!r} takes values in {str(unit).rstrip('()')}, row {row} of the data "
-        f"has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
+        f"{likelihood}site {name!r} takes values in {str(unit).rstrip('()')}, row {row} of the "
+        f"data has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
     )
 
 
@@ -599,10 +603,10 @@ def _run_guide(
     guide: Program, batch: Batch, num_particles: int, layout: Layout, *, detach: bool
 ) -> Any:
     args, kwargs = arguments(batch)
-    program = _plated(guide, num_particles, layout)
+    traced = poutine.trace(_plated(guide, num_particles, layout)).get_trace
     if detach:
-        program = _Detach()(program)
-    return poutine.trace(program).get_trace(*args, **kwargs)
+        traced = _Detach()(traced)  # outermost, so that the trace records what it left
+    return traced(*args, **kwargs)
 
 
 def _run_model(
@@ -646,7 +650,7 @@ def _num_data(trace: Any, layout: Layout, batch: Batch) -> int:
         for frame in _frames(node):
             if frame.dim == layout.data_dim:
                 return int(frame.size)
-    return _leading_size(batch)
+    return leading_size(batch)
 
 
 def _reduce(log_prob: Tensor, layout: Layout, num_particles: int, num_data: int) -> Tensor:

@@ -64,8 +64,8 @@ class Cyclical:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.cycles < 1 or not 0 < self.ratio <= 1:
             raise OptionError(
-                f"Cyclical takes steps >= 1, cycles >= 1 and 0 < ratio <= 1, got steps={self.steps}, "
-                f"cycles={self.cycles}, ratio={self.ratio}"
+                "Cyclical takes steps >= 1, cycles >= 1 and 0 < ratio <= 1, got steps="
+                f"{self.steps}, cycles={self.cycles}, ratio={self.ratio}"
             )
 
     def __call__(self, step: int) -> float:
