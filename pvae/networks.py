@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pvae.errors import OptionError, did_you_mean
 
-__all__ = ["MLP", "activation"]
+__all__ = ["MLP", "activation_module"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def activation(name: str) -> nn.Module:
+def activation_module(name: str) -> nn.Module:
     """The activation called ``name``: elu, gelu, leaky_relu, relu, silu, softplus or tanh.
 
     Raises:
@@ -53,7 +53,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         width = in_features
         for size in hidden:
-            layers += [nn.Linear(width, size), activation(activation_name)]
+            layers += [nn.Linear(width, size), activation_module(activation_name)]
             width = size
         super().__init__(*layers, nn.Linear(width, out_features))
         for layer in self:
