@@ -1,0 +1,230 @@
+"""Importance sampling: the log evidence of held-out data, with error and diagnostics."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import log_weights as algebra
+from pvae.data import as_batch, num_rows, take
+from pvae.errors import OptionError, ProgramError
+from pvae.particles import Layout, inspect, log_joint, module_of, sample_guide
+
+__all__ = ["Evidence", "evaluation", "importance"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The log evidence of N data, nats per datum.
+
+    Attributes:
+        log_evidence: ``(N,)`` estimates of ``log p(x_n)``, float64.
+        stderr: ``(N,)`` their standard errors (delta method); zero where exact.
+        ess: ``(N,)`` effective sample sizes of the weights.
+        pareto_k: ``(N,)`` Pareto tail indices; above 0.7 the estimate cannot be trusted.
+        elbo: ``(N,)`` mean log weight: the ELBO of the same draws.
+        num_particles: K.
+        kind: ``"exact"``, ``"estimate"`` or ``"lower bound"``.
+        method: How it was computed.
+    """
+
+    log_evidence: Tensor
+    stderr: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    elbo: Tensor
+    num_particles: int
+    kind: str = "estimate"
+    method: str = "importance"
+
+    def __len__(self) -> int:
+        return len(self.log_evidence)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the data, nats per datum."""
+        return float(self.log_evidence.mean())
+
+    @property
+    def mean_stderr(self) -> float:
+        """Standard error of :attr:`mean` over the draw of the data, nats."""
+        if len(self) < 2:
+            return math.inf
+        return float(self.log_evidence.std() / math.sqrt(len(self)))
+
+    @property
+    def unreliable(self) -> float:
+        """Share of data whose k-hat exceeds 0.7."""
+        return float((self.pareto_k > 0.7).double().mean())
+
+    def __repr__(self) -> str:
+        return (
+            f"Evidence({self.mean:.3f} ± {self.mean_stderr:.3f} nats, N={len(self)}, "
+            f"K={self.num_particles}, {self.kind} by {self.method}, "
+            f"{100 * self.unreliable:.1f} % with k-hat > 0.7)"
+        )
+
+    @classmethod
+    def exact(cls, log_evidence: Tensor, method: str = "closed form") -> Evidence:
+        """Wrap densities ``(N,)`` that are known exactly."""
+        value = log_evidence.detach().double().cpu()
+        zero = torch.zeros_like(value)
+        no_tail = torch.full_like(value, -math.inf)
+        return cls(value, zero, zero + 1, no_tail, value, 1, "exact", method)
+
+    def shifted(self, offset: Tensor) -> Evidence:
+        """The same evidence on another scale: ``log p + offset``, ``(N,)`` nats."""
+        offset = offset.double().cpu()
+        changed = {"log_evidence": self.log_evidence + offset, "elbo": self.elbo + offset}
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Evidence(**{**kept, **changed})
+
+
+def importance(
+    model: Any,
+    guide: Any,
+    x: Any,
+    num_particles: int = 5000,
+    *,
+    max_pairs: int = 2**15,
+    seed: int = 0,
+    data_plate: str | None = None,
+    vectorize: bool = True,
+    progress: Progress | None = None,
+) -> Evidence:
+    r"""Estimate ``log p(x_n) = log E_q[p(x_n, z) / q(z | x_n)]`` by K draws for each datum.
+
+    Exactly K draws are used, however they are cut into pieces; the guide (the encoder) is run once
+    per datum, the model on pieces of at most ``max_pairs`` particle-datum pairs. Weights are kept
+    and reduced in float64. The expectation of the estimate is the IW-ELBO of K particles, a lower
+    bound that rises with K (Burda et al. 2016).
+
+    Args:
+        model: The generative program.
+        guide: The inference program.
+        x: Data: an array, tensor, tuple or dict of them, N rows.
+        num_particles: K.
+        max_pairs: Cap on particles x data held at once by the model.
+        seed: Seed of the draws; the caller's random stream is untouched.
+        data_plate: Name of the plate that indexes the data, where several could.
+        vectorize: Run particles at once.
+        progress: Called with (data done, N).
+
+    Returns:
+        An :class:`Evidence` of N data.
+
+    Raises:
+        ProgramError: The programs do not fit each other, or have a latent site that all data share.
+        OptionError: ``num_particles`` or ``max_pairs`` is below one.
+    """
+    if num_particles < 1 or max_pairs < 1:
+        raise OptionError(
+            f"num_particles and max_pairs must be at least 1, got {num_particles} and {max_pairs}"
+        )
+    device = next((p.device for p in _parameters(model, guide)), torch.device("cpu"))
+    batch = as_batch(x, device=device)
+    total = num_rows(batch)
+    block = max(1, min(total, 4 * max_pairs // num_particles))
+    pieces = []
+    with evaluation(model, guide, seed=seed, device=device):
+        layout = inspect(
+            model, guide, _rows(batch, 0, min(block, total)), data_plate=data_plate,
+            vectorize=vectorize,
+        )  # fmt: skip
+        _refuse_shared(layout)
+        for start in range(0, total, block):
+            rows = _rows(batch, start, min(start + block, total))
+            pieces.append(_reduce(_weights(model, guide, rows, num_particles, max_pairs, layout)))
+            if progress is not None:
+                progress(min(start + block, total), total)
+    columns = [torch.cat(column).cpu() for column in zip(*pieces, strict=True)]
+    return Evidence(*columns, num_particles=num_particles)
+
+
+@contextlib.contextmanager
+def evaluation(model: Any, guide: Any, *, seed: int, device: torch.device) -> Iterator[None]:
+    """No gradients, modules in evaluation mode, Pyro's checks off, and a random stream of its own."""
+    import pyro
+
+    modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
+    training = [(m, m.training) for module in modules for m in module.modules()]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        for module in modules:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+
+
+def _parameters(model: Any, guide: Any) -> Iterator[Tensor]:
+    for program in (model, guide):
+        module = module_of(program)
+        if module is not None:
+            yield from module.parameters()
+
+
+def _rows(batch: Any, start: int, stop: int) -> Any:
+    first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
+    tensor = first[0] if isinstance(first, tuple) else first
+    return take(batch, torch.arange(start, stop, device=tensor.device))
+
+
+def _refuse_shared(layout: Layout) -> None:
+    if layout.globals:
+        raise ProgramError(
+            f"site {layout.globals[0]!r} is shared by all data, so there is no evidence of one datum: "
+            "move it inside the data plate, or condition on it"
+        )
+
+
+def _weights(
+    model: Any, guide: Any, rows: Any, num_particles: int, max_pairs: int, layout: Layout
+) -> Tensor:
+    """``(K, B)`` log weights in float64: one pass of the guide, several of the model."""
+    if not layout.vectorize:
+        runs = [
+            _weights_at_once(model, guide, rows, 1, max_pairs, layout) for _ in range(num_particles)
+        ]
+        return torch.cat(runs)
+    return _weights_at_once(model, guide, rows, num_particles, max_pairs, layout)
+
+
+def _weights_at_once(
+    model: Any, guide: Any, rows: Any, num_particles: int, max_pairs: int, layout: Layout
+) -> Tensor:
+    values, log_q = sample_guide(guide, rows, num_particles, layout)
+    chunk = max(1, max_pairs // log_q.shape[1])
+    pieces = []
+    for start in range(0, num_particles, chunk):
+        stop = min(start + chunk, num_particles)
+        part = {name: _particles(value, start, stop, layout) for name, value in values.items()}
+        pieces.append(log_joint(model, rows, part, stop - start, layout).double())
+    return torch.cat(pieces) - log_q.double()
+
+
+def _particles(value: Any, start: int, stop: int, layout: Layout) -> Any:
+    """A slice of the draws along K; indices of subsampled plates are passed on as they are."""
+    is_draw = isinstance(value, Tensor) and value.dim() >= -layout.particle_dim
+    return value[start:stop] if is_draw and layout.vectorize else value
+
+
+def _reduce(log_weights: Tensor) -> tuple[Tensor, ...]:
+    return (
+        algebra.log_mean_exp(log_weights),
+        algebra.stderr(log_weights),
+        algebra.ess(log_weights),
+        algebra.pareto_k(log_weights.cpu()),
+        log_weights.mean(0),
+    )

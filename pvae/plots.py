@@ -1,0 +1,580 @@
+"""Pictures of runs, samples and boards: each function returns a matplotlib ``Figure``.
+
+No display is needed and no global state of ``pyplot`` is touched. Colours are those of Okabe & Ito
+(2008), which colour-blind readers can tell apart; where there may be more series than colours,
+markers differ too.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pvae.checkpoints import write_aside
+from pvae.errors import DataError
+from pvae.evidence.importance import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pvae.comparison import Board
+
+__all__ = [
+    "board",
+    "evidence_against",
+    "latent_scatter",
+    "reconstructions",
+    "samples_beside_data",
+    "save",
+    "training_curves",
+    "weights_diagnostics",
+]
+
+Array = NDArray[Any]
+History = Sequence[Mapping[str, float]]
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
+_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*", "<", ">")
+_GREY = "#8A8A8A"
+_INK = "#333333"
+_KINDS = {"exact": ("s", "#0072B2"), "estimate": ("o", "#D55E00"), "lower bound": ("^", "#009E73")}
+_MAX_FEATURES = 16  # of a table, before a picture of its marginals becomes unreadable
+_MAX_POINTS = 2000
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, whole or not at all; its folder is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_aside(path, content.getvalue())
+    return path
+
+
+def training_curves(histories: Mapping[str, History]) -> Figure:
+    """Training and validation bound by epoch, nats per datum; the best epoch is marked.
+
+    The vertical axis leaves out the plunge of the first epochs where it would hide the rest.
+
+    Args:
+        histories: Name -> ``run.history``.
+
+    Raises:
+        DataError: No history has an epoch.
+    """
+    known = {name: history for name, history in histories.items() if history}
+    if not known:
+        raise DataError("there is no epoch to draw: pass {name: run.history} of a trained run")
+    figure, axes = _subplots(7.5, 4.5)
+    shown: list[float] = []
+    for (name, history), colour in zip(known.items(), _cycle(_COLOURS), strict=False):
+        shown += _curve(axes, name, history, colour)
+    _leave_out_the_plunge(axes, shown, max(len(history) for history in known.values()))
+    axes.plot([], [], "--", color=_GREY, lw=1.2, label="training")
+    if any("valid_bound" in history[0] for history in known.values()):
+        axes.plot([], [], "-", color=_GREY, lw=2, label="validation")
+        axes.plot([], [], "o", color=_GREY, mec="white", ms=8, label="best epoch")
+    axes.set(xlabel="epoch", ylabel="bound (nats per datum)", title="Bound by epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend_beside(axes)
+    return figure
+
+
+def _curve(axes: Any, name: str, history: History, colour: str) -> list[float]:
+    """One run's lines; returns the values that must be seen: all but the first tenth."""
+    epochs = _column(history, "epoch")
+    train, valid = _column(history, "bound"), _column(history, "valid_bound")
+    lone = "o" if len(history) == 1 else None
+    label = _words(name)
+    axes.plot(epochs, train, "--", color=colour, lw=1.2, alpha=0.8, marker=lone, ms=4)
+    axes.plot([], [], "-", color=colour, lw=4, label=label)
+    if np.isfinite(valid).any():
+        best = int(np.nanargmax(valid))
+        axes.plot(epochs, valid, "-", color=colour, lw=2)
+        axes.plot(epochs[best], valid[best], "o", color=colour, mec="white", ms=8, zorder=5)
+    settled = slice(math.ceil(len(history) / 10), None)
+    values = [*train[settled], *valid[settled]]
+    return [value for value in values if math.isfinite(value)]
+
+
+def _column(history: History, key: str) -> Array:
+    return np.array([row.get(key, math.nan) for row in history], dtype=float)
+
+
+def _leave_out_the_plunge(axes: Any, shown: list[float], epochs: int) -> None:
+    bottom, top = axes.get_ylim()
+    if epochs < 5 or not shown:
+        return
+    low, high = min(shown), max(shown)
+    margin = 0.06 * (high - low)
+    if low - bottom > 1.5 * (high - low) > 0:
+        axes.set_ylim(low - margin, max(top, high + margin) if top < high + margin else high + margin)
+        _note(axes, "earliest epochs lie below")
+
+
+def samples_beside_data(
+    samples: Mapping[str, Tensor], data: Tensor, image_shape: Sequence[int] | None = None
+) -> Figure:
+    """Data beside samples of each model.
+
+    Images are laid out as square mosaics. Tables (``image_shape`` is ``None``) become quantiles of
+    each feature, and scatters of the first two principal components of the data.
+
+    Args:
+        samples: Name -> samples ``(S, D)``.
+        data: Data ``(N, D)``.
+        image_shape: ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``.
+
+    Raises:
+        DataError: Widths disagree, or do not make up images of that shape.
+    """
+    sources = {"data": _matrix(data), **{name: _matrix(x) for name, x in samples.items()}}
+    _check_widths(sources)
+    if image_shape is None:
+        return _tables_beside(sources)
+    side = min(8, *(math.isqrt(len(x)) for x in sources.values()))
+    columns = min(4, len(sources))
+    rows = math.ceil(len(sources) / columns)
+    figure, grid = _grid(rows, columns, width=2.7 * columns, height=2.95 * rows)
+    low, high = _grey_range(sources["data"])
+    for axes, (name, x) in zip(grid, sources.items(), strict=False):
+        mosaic = _mosaic(_images(x[: side**2], image_shape), side)
+        _picture(axes, mosaic, low, high)
+        axes.set_title(_words(name, 26), fontsize=10)
+    return figure
+
+
+def reconstructions(
+    data: Tensor, reconstructed: Mapping[str, Tensor], image_shape: Sequence[int] | None = None
+) -> Figure:
+    """Data above their reconstructions, one row per model; for tables value against value.
+
+    Args:
+        data: Data ``(N, D)``.
+        reconstructed: Name -> ``(N, D)``, row n the reconstruction of datum n.
+        image_shape: ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``; ``None`` for tables.
+
+    Raises:
+        DataError: Widths disagree, or do not make up images of that shape.
+    """
+    sources = {"data": _matrix(data), **{name: _matrix(x) for name, x in reconstructed.items()}}
+    _check_widths(sources)
+    if image_shape is None:
+        return _tables_reconstructed(sources)
+    count = min(12, *(len(x) for x in sources.values()))
+    height = 9.0 * _aspect(image_shape) / count
+    figure, grid = _grid(len(sources), 1, width=10, height=0.5 + (height + 0.12) * len(sources))
+    low, high = _grey_range(sources["data"])
+    for axes, (name, x) in zip(grid, sources.items(), strict=False):
+        _picture(axes, _mosaic(_images(x[:count], image_shape), count), low, high)
+        axes.set_ylabel(_words(name, 18), rotation=0, ha="right", va="center", fontsize=10)
+    grid[0].set_title("Data and their reconstructions", fontsize=11)
+    return figure
+
+
+def latent_scatter(z: Tensor, labels: Tensor | None = None) -> Figure:
+    """Posterior means or draws of the latents, one point per datum, coloured by label.
+
+    More than two dimensions are projected on their first two principal components, and the axes
+    say so; one dimension becomes a histogram per label.
+
+    Args:
+        z: ``(N, L)``; further dimensions are flattened.
+        labels: ``(N,)`` classes, or numbers (then a colour bar).
+
+    Raises:
+        DataError: There is not one label for each datum.
+    """
+    points = _matrix(z)
+    marks = None if labels is None else _numbers(labels).reshape(-1)
+    if marks is not None and len(marks) != len(points):
+        raise DataError(f"{len(points)} latents need as many labels, got {len(marks)}")
+    figure, axes = _subplots(7, 5.4)
+    groups = _by_label(marks, len(points))
+    if points.shape[1] == 1:
+        _histograms(axes, points[:, 0], groups)
+        return figure
+    flat, names = _plane(points, "z")
+    if groups is None:
+        scatter = axes.scatter(*flat.T, c=marks, s=12, cmap="viridis", lw=0)
+        figure.colorbar(scatter, ax=axes, label="label")
+    for k, (label, rows) in enumerate((groups or {}).items()):
+        style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+        axes.scatter(*flat[rows].T, s=16, alpha=0.75, lw=0, label=label, **style)
+    axes.set(xlabel=names[0], ylabel=names[1], title=f"Latents of {len(points)} data")
+    if groups and len(groups) > 1:
+        _legend_beside(axes, title="label", markerscale=1.6)
+    return figure
+
+
+def evidence_against(
+    evidence_a: Evidence, evidence_b: Evidence, names: tuple[str, str] = ("A", "B")
+) -> Figure:
+    """Log evidence of each datum by one entry against another, with the mean paired difference.
+
+    Points whose k-hat exceeds 0.7 in either are set apart.
+
+    Args:
+        evidence_a: Evidence of N data, drawn along the vertical axis.
+        evidence_b: Evidence of the same data, along the horizontal axis.
+        names: What to call them.
+
+    Raises:
+        DataError: They are not of equally many data.
+    """
+    if len(evidence_a) != len(evidence_b):
+        raise DataError(
+            f"evidence of the same data is needed, got {len(evidence_a)} and {len(evidence_b)} data"
+        )
+    a, b = _numbers(evidence_a.log_evidence), _numbers(evidence_b.log_evidence)
+    seen = np.isfinite(a) & np.isfinite(b)
+    doubtful = seen & (_numbers(torch.maximum(evidence_a.pareto_k, evidence_b.pareto_k)) > 0.7)
+    figure, axes = _subplots(5.8, 5.8)
+    axes.axline((0, 0), slope=1, color=_GREY, lw=1, zorder=1)
+    trusted = seen & ~doubtful
+    axes.scatter(b[trusted], a[trusted], s=14, alpha=0.6, lw=0, color=_COLOURS[0])
+    if doubtful.any():
+        label = f"k-hat > 0.7: {doubtful.sum()} of {len(a)}"
+        style = {"color": _COLOURS[1], "marker": "^", "label": label}
+        axes.scatter(b[doubtful], a[doubtful], s=22, alpha=0.85, lw=0, **style)
+        axes.legend(frameon=False, loc="lower right")
+    _square(axes, np.concatenate([a[seen], b[seen]]))
+    first, second = (_words(name, 30) for name in names)
+    axes.set(xlabel=f"{second}: log p (nats)", ylabel=f"{first}: log p (nats)")
+    axes.set_title(f"{first} − {second}\n{_paired(a[seen] - b[seen])}", fontsize=11)
+    _note(axes, "above the line: the vertical entry is better")
+    return figure
+
+
+def board(board: Board) -> Figure:
+    """Mean test log p of each entry, and its paired difference to the best, both ± 2 SE.
+
+    Args:
+        board: What :func:`pvae.compare` returned.
+    """
+    rows = [row for row in board.rows if math.isfinite(row.mean)]
+    figure = _figure(10.5, 1.7 + 0.42 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for place, row in enumerate(rows):
+        marker, colour = _KINDS.get(row.kind, _KINDS["estimate"])
+        style = {"fmt": marker, "color": colour, "ms": 7, "capsize": 3, "elinewidth": 1.5}
+        left.errorbar(row.mean, place, xerr=2 * row.stderr, **style)
+        right.errorbar(row.difference, place, xerr=2 * _or_zero(row.difference_stderr), **style)
+        if row.elbo is not None:
+            left.plot(row.elbo, place, "|", color=_GREY, ms=11, mew=2)
+    _board_axes(left, right, rows)
+    _kinds_legend(figure, rows)
+    figure.suptitle(board.data[:1].upper() + board.data[1:], fontsize=11)
+    return figure
+
+
+def _board_axes(left: Any, right: Any, rows: Sequence[Any]) -> None:
+    for axes in (left, right):
+        _polish(axes)
+        axes.grid(visible=True, axis="y", color="#EEEEEE")
+    left.set_yticks(range(len(rows)), [_words(row.name, 28) for row in rows])
+    left.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_xlabel("mean test log p ± 2 SE (nats per datum)")
+    right.set_xlabel("paired difference to the best ± 2 SE (nats)")
+    right.axvline(0, color=_GREY, lw=1, zorder=0)
+    right.tick_params(axis="y", length=0)
+
+
+def _kinds_legend(figure: Any, rows: Sequence[Any]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], marker=marker, color=colour, ls="", ms=7, label=kind)
+        for kind, (marker, colour) in _KINDS.items()
+        if any(row.kind == kind for row in rows)
+    ]
+    if any(row.elbo is not None for row in rows):
+        handles.append(Line2D([], [], marker="|", color=_GREY, ls="", ms=11, mew=2, label="ELBO"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+
+
+def weights_diagnostics(evidence: Evidence) -> Figure:
+    """Histograms of k-hat, with the line at 0.7, and of the effective share of the particles.
+
+    Args:
+        evidence: What importance sampling gave for N data.
+    """
+    khat, ess = _numbers(evidence.pareto_k), _numbers(evidence.ess)
+    figure = _figure(9.5, 3.8)
+    left, right = figure.subplots(1, 2)
+    seen = khat[np.isfinite(khat)]
+    if len(seen):
+        edges = np.linspace(min(seen.min(), 0.0) - 0.05, max(seen.max(), 0.8) + 0.05, 31)
+        for part, colour in ((seen[seen <= 0.7], _COLOURS[0]), (seen[seen > 0.7], _COLOURS[1])):
+            left.hist(part, edges, color=colour, ec="white", lw=0.5)
+    left.axvline(0.7, color=_INK, ls="--", lw=1.2)
+    left.set(xlabel="Pareto k-hat", ylabel="data")
+    left.set_title(f"{evidence.unreliable:.1%} of {len(evidence)} data above 0.7", fontsize=11)
+    if len(seen) < len(khat):
+        _note(left, f"not shown: {len(khat) - len(seen)} without a tail to fit")
+    share = 100 * ess / evidence.num_particles
+    right.hist(share, np.linspace(0, 100, 31), color=_COLOURS[2], ec="white", lw=0.5)
+    right.set(xlabel=f"effective share of K = {evidence.num_particles} particles (%)")
+    right.set_title(f"median effective share {np.median(share):.1f} %", fontsize=11)
+    for axes in (left, right):
+        _polish(axes)
+    return figure
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def _tables_beside(sources: Mapping[str, Array]) -> Figure:
+    data = sources["data"]
+    planar = data.shape[1] > 1
+    models = {name: x for name, x in sources.items() if name != "data"} if planar else {}
+    columns = min(4, max(1, len(models)))
+    rows = math.ceil(len(models) / columns)
+    figure = _figure(max(7.5, 3 * columns), 3.4 + 2.9 * rows)
+    above, *below = figure.subfigures(1 + bool(rows), 1, height_ratios=[3.4, 2.9 * rows][: 1 + bool(rows)], squeeze=False)[:, 0]  # fmt: skip
+    _marginals(above.subplots(), sources)
+    if not below:
+        return figure
+    grid = below[0].subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    centre, basis, _ = _principal(data)
+    for axes in list(grid)[len(models) :]:
+        axes.set_axis_off()
+    for k, (axes, (name, x)) in enumerate(zip(grid, models.items(), strict=False)):
+        _cloud(axes, data, centre, basis, _GREY, 0.45)
+        _cloud(axes, x, centre, basis, _COLOURS[k % len(_COLOURS)], 0.6)
+        axes.set_title(_words(name, 26), fontsize=10)
+        _polish(axes)
+    below[0].supxlabel("principal component 1 of the data", fontsize=10)
+    below[0].supylabel("principal component 2", fontsize=10)
+    return figure
+
+
+def _cloud(axes: Any, x: Array, centre: Array, basis: Array, colour: str, alpha: float) -> None:
+    flat = (x[:_MAX_POINTS] - centre) @ basis[:2].T
+    axes.scatter(*flat.T, s=7, lw=0, color=colour, alpha=alpha)
+
+
+def _marginals(axes: Any, sources: Mapping[str, Array]) -> None:
+    width = next(iter(sources.values())).shape[1]
+    shown = min(width, _MAX_FEATURES)
+    colours = [_GREY, *_COLOURS]
+    step = 0.8 / len(sources)
+    for k, (name, x) in enumerate(sources.items()):
+        q05, q25, q50, q75, q95 = np.quantile(x[:, :shown], (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+        places = np.arange(shown) + (k - (len(sources) - 1) / 2) * step
+        colour = colours[k % len(colours)]
+        axes.vlines(places, q05, q95, color=colour, lw=1.2)
+        axes.vlines(places, q25, q75, color=colour, lw=4, label=_words(name))
+        axes.plot(places, q50, "o", color="white", mec=colour, ms=4)
+    few = "" if shown == width else f" (the first {shown} of {width})"
+    axes.set(xlabel=f"feature{few}", ylabel="value", xticks=range(shown))
+    axes.set_title("Median, 25 to 75 % and 5 to 95 % of each feature", fontsize=11)
+    _polish(axes)
+    _legend_beside(axes)
+
+
+def _tables_reconstructed(sources: Mapping[str, Array]) -> Figure:
+    data = sources["data"]
+    models = {name: x for name, x in sources.items() if name != "data"}
+    columns = min(4, len(models))
+    rows = math.ceil(len(models) / columns)
+    figure, grid = _grid(rows, columns, width=3.4 * columns, height=3.6 * rows, bare=False)
+    for k, (axes, (name, x)) in enumerate(zip(grid, models.items(), strict=False)):
+        count = min(len(x), len(data))
+        truth, made = data[:count].reshape(-1), x[:count].reshape(-1)
+        stride = math.ceil(len(truth) / _MAX_POINTS)
+        axes.axline((0, 0), slope=1, color=_GREY, lw=1)
+        colour = _COLOURS[k % len(_COLOURS)]
+        axes.scatter(truth[::stride], made[::stride], s=7, lw=0, alpha=0.5, color=colour)
+        error = math.sqrt(float(np.square(truth - made).mean()))
+        axes.set_title(f"{_words(name, 26)}\nroot mean square error {error:.3g}", fontsize=10)
+        axes.set(xlabel="value", ylabel="reconstruction" if k % columns == 0 else "")
+    return figure
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _subplots(width: float, height: float) -> tuple[Any, Any]:
+    figure = _figure(width, height)
+    axes = figure.subplots()
+    _polish(axes)
+    return figure, axes
+
+
+def _grid(
+    rows: int, columns: int, *, width: float, height: float, bare: bool = True
+) -> tuple[Any, list[Any]]:
+    figure = _figure(width, height)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.set_axis_off() if bare else _polish(axes)
+    return figure, grid
+
+
+def _polish(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.grid(visible=True, color="#EEEEEE", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend_beside(axes: Any, **options: Any) -> None:
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+    axes.legend(frameon=False, fontsize=9, **place, **options)
+
+
+def _note(axes: Any, text: str) -> None:
+    axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=8.5, color="#666666")
+
+
+def _words(name: str, width: int = 24) -> str:
+    """A name as it is (no mathematics in it), cut where it is too long for a picture."""
+    return textwrap.shorten(str(name), width=max(width, 8), placeholder="…").replace("$", r"\$")
+
+
+def _cycle(items: Sequence[str]) -> Any:
+    import itertools
+
+    return itertools.cycle(items)
+
+
+def _numbers(values: Any) -> Array:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _matrix(values: Any) -> Array:
+    numbers = _numbers(values).astype(float)
+    return numbers.reshape(len(numbers), -1)
+
+
+def _or_zero(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _check_widths(sources: Mapping[str, Array]) -> None:
+    expected = sources["data"].shape[1]
+    for name, x in sources.items():
+        if x.shape[1] != expected:
+            raise DataError(f"the data have {expected} features but {name!r} has {x.shape[1]}")
+        if len(x) == 0:
+            raise DataError(f"{name!r} is empty: pass at least one row")
+
+
+def _images(x: Array, shape: Sequence[int]) -> Array:
+    """``(n, D)`` to ``(n, H, W)`` or ``(n, H, W, 3)``."""
+    if math.prod(shape) != x.shape[1] or len(shape) not in (2, 3):
+        raise DataError(f"{x.shape[1]} features do not make up an image of shape {tuple(shape)}")
+    images = x.reshape(len(x), *shape)
+    if len(shape) == 3 and shape[0] in (1, 3):
+        images = np.moveaxis(images, 1, -1)
+    if images.ndim == 4 and images.shape[-1] not in (1, 3):
+        raise DataError(f"images have 1 or 3 channels, got shape {tuple(shape)}")
+    return images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
+
+
+def _aspect(shape: Sequence[int]) -> float:
+    sizes = shape[-2:] if len(shape) == 2 or shape[0] in (1, 3) else shape[:2]
+    return sizes[0] / sizes[1]
+
+
+def _mosaic(images: Array, columns: int) -> Array:
+    """``(n, H, W[, 3])`` to one picture, thin gaps (NaN) between."""
+    count, height, width = images.shape[:3]
+    gap = max(1, round(min(height, width) / 14))
+    rows = math.ceil(count / columns)
+    size = (rows * (height + gap) - gap, columns * (width + gap) - gap)
+    mosaic = np.full((*size, *images.shape[3:]), np.nan)
+    for k, image in enumerate(images):
+        top, left = (k // columns) * (height + gap), (k % columns) * (width + gap)
+        mosaic[top : top + height, left : left + width] = image
+    return mosaic
+
+
+def _grey_range(data: Array) -> tuple[float, float]:
+    low, high = (float(q) for q in np.quantile(data, (0.005, 0.995)))
+    return (low, high) if high > low else (float(data.min()), float(data.max()) + 1e-9)
+
+
+def _picture(axes: Any, mosaic: Array, low: float, high: float) -> None:
+    if mosaic.ndim == 3:
+        mosaic = np.nan_to_num(np.clip((mosaic - low) / (high - low), 0, 1), nan=1.0)
+    axes.imshow(mosaic, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _by_label(marks: Array | None, count: int) -> dict[str, Array] | None:
+    """Label -> rows; ``None`` where the labels are numbers rather than classes."""
+    if marks is None:
+        return {"all": np.arange(count)}
+    classes = np.unique(marks)
+    if len(classes) > 2 * len(_MARKERS):
+        return None
+    return {f"{label}": np.flatnonzero(marks == label) for label in classes.tolist()}
+
+
+def _histograms(axes: Any, z: Array, groups: Mapping[str, Array] | None) -> None:
+    edges = np.histogram_bin_edges(z, 40)
+    for k, (label, rows) in enumerate((groups or {"all": np.arange(len(z))}).items()):
+        colour = _COLOURS[k % len(_COLOURS)]
+        axes.hist(z[rows], edges, histtype="step", lw=1.8, color=colour, label=label)
+    axes.set(xlabel="z", ylabel="data", title=f"Latents of {len(z)} data")
+    if groups and len(groups) > 1:
+        _legend_beside(axes, title="label")
+
+
+def _principal(points: Array) -> tuple[Array, Array, Array]:
+    """Centre ``(D,)``, principal axes ``(D, D)`` and the share of variance along each."""
+    centre = points.mean(0)
+    _, singular, axes = np.linalg.svd(points - centre, full_matrices=False)
+    share = singular**2 / max(float((singular**2).sum()), 1e-300)
+    return centre, axes, share
+
+
+def _plane(points: Array, letter: str) -> tuple[Array, tuple[str, str]]:
+    size = points.shape[1]
+    if size == 2:
+        return points, (f"{letter}[0]", f"{letter}[1]")
+    centre, basis, share = _principal(points)
+    names = [
+        f"principal component {k + 1} of {size} dimensions ({part:.0%} of the variance)"
+        for k, part in enumerate(share[:2])
+    ]
+    return (points - centre) @ basis[:2].T, (names[0], names[1])
+
+
+def _square(axes: Any, values: Array) -> None:
+    if len(values) == 0:
+        return
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low) or 1.0
+    axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
+
+
+def _paired(difference: Array) -> str:
+    if len(difference) < 2:
+        return "too few data for a mean difference"
+    stderr = difference.std(ddof=1) / math.sqrt(len(difference))
+    return f"mean difference {difference.mean():+.3g} ± {stderr:.2g} nats (SE, N = {len(difference)})"

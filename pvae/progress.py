@@ -1,0 +1,93 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["Reporter", "describe"]
+
+_INTERVAL = 0.2  # seconds between redraws: reading a value from a GPU waits for it
+
+
+def describe(row: Mapping[str, float]) -> str:
+    """An epoch in words: its bound, reconstruction and KL in nats per datum."""
+    parts = [f"bound {row['bound']:.2f}"]
+    if "kl" in row:
+        parts.append(f"(reconstruction {row['reconstruction']:.2f}, KL {row['kl']:.2f})")
+    if abs(row["beta"] - 1) > 1e-6:
+        parts.append(f"beta {row['beta']:.3g}, elbo {row['elbo']:.2f}")
+    if "valid_bound" in row:
+        parts.append(f"valid {row['valid_bound']:.2f}")
+    return " ".join(parts) + f" nats/datum, {row['steps_per_second']:.0f} steps/s"
+
+
+class Reporter:
+    """Shows epochs and steps on standard error.
+
+    Args:
+        epochs: Number of epochs.
+        steps: Steps of an epoch.
+        enabled: Show anything at all.
+    """
+
+    def __init__(self, epochs: int, steps: int, *, enabled: bool = True) -> None:
+        self.epochs, self.steps, self.enabled = epochs, steps, enabled
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.pending, self.drawn = 0, 0.0
+        self.line_every = max(1, epochs // 10)
+
+    def __enter__(self) -> Reporter:
+        if self.enabled and self.console.is_terminal:
+            columns = (
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.epochs * self.steps, epoch=1)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self, bound: Callable[[], float]) -> None:
+        """One step is done; ``bound`` is read only when the bar is redrawn."""
+        if self.bar is None:
+            return
+        self.pending += 1
+        now = time.monotonic()
+        if now - self.drawn >= _INTERVAL:
+            self.bar.update(
+                self.task, advance=self.pending, description=f"bound {bound():.2f} nats/datum"
+            )
+            self.pending, self.drawn = 0, now
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """An epoch is done."""
+        epoch = int(row["epoch"])
+        if self.bar is not None:
+            self.bar.update(self.task, advance=self.pending, epoch=min(epoch + 1, self.epochs))
+            self.pending = 0
+        if self.enabled and (epoch % self.line_every == 0 or epoch in (1, self.epochs)):
+            line = f"epoch {epoch}/{self.epochs}: {describe(row)}"
+            if self.bar is not None:
+                self.bar.console.print(line, highlight=False)
+            else:
+                print(line, file=sys.stderr)

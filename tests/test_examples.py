@@ -1,0 +1,22 @@
+"""Every example runs, with tiny settings; one that is not listed here fails."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+SETTINGS = {"own_model.py": {"epochs": 2}, "custom_objective.py": {"epochs": 2}}
+
+
+def test_every_example_is_listed():
+    assert {path.name for path in FOLDER.glob("*.py")} == set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_example_runs(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(FOLDER / name))["main"](**SETTINGS[name])
+    assert capsys.readouterr().out.strip()

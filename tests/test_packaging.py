@@ -1,0 +1,137 @@
+"""The house: the wheel holds pvae alone, names are where they are promised, imports point down."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pvae
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    {"errors"},
+    {"log_weights", "checkpoints"},
+    {"networks", "distributions", "models", "guides"},
+    {"particles"},
+    {"bounds"},
+    {"gradients", "schedules"},
+    {"objectives", "data"},
+    {"evidence", "baselines"},
+    {"engine", "progress"},
+    {"training"},
+    {"catalogue"},
+    {"runs", "comparison", "plots", "arviz"},
+    {"cli"},
+]
+
+
+def test_public_names_are_sorted_and_importable():
+    assert sorted(pvae.__all__) == list(pvae.__all__)
+    for name in pvae.__all__:
+        assert getattr(pvae, name) is not None, name
+
+
+def test_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        pvae.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pvae").rglob("*.py")), ids=lambda p: p.name)
+def test_every_module_lists_its_public_names(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "a module says what is in it"
+
+
+def _modules():
+    for folder in ("pvae", "models", "guides"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.is_symlink() or "models" in path.parts[len(ROOT.parts) + 1 :]:
+                continue
+            if "guides" in path.parts[len(ROOT.parts) + 1 :]:
+                continue
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield path, parts[0] if folder != "pvae" else parts[1]
+
+
+def _floor(name: str) -> int | None:
+    return next((i for i, floor in enumerate(FLOORS) if name in floor), None)
+
+
+def _imported(tree: ast.AST):
+    """Names of pvae's modules imported at module level or inside functions, but not for types."""
+    skip = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skip:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == "pvae":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pvae."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("pvae."))
+
+
+def test_imports_point_downward():
+    seen = 0
+    for path, name in _modules():
+        if name == "__init__":
+            continue
+        floor = _floor(name)
+        assert floor is not None, f"{path.name}: give it a floor in this test"
+        for other in _imported(ast.parse(path.read_text())):
+            target = _floor(other)
+            if target is None or other == name:
+                continue
+            seen += 1
+            assert target <= floor, f"{path.relative_to(ROOT)} imports upward: {other}"
+    assert seen > 30
+
+
+def test_wheel_holds_pvae_alone(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
+    subprocess.run([str(c) for c in command], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("pvae_toolkit-")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"pvae", "pvae_toolkit"}
+    for expected in ("pvae/models/vae.py", "pvae/guides/gaussian.py", "pvae/py.typed",
+                     "pvae/data/__init__.py", "pvae/baselines/__init__.py"):  # fmt: skip
+        assert expected in names
+
+
+def test_models_cannot_be_imported_twice():
+    code = "import sys; sys.path.insert(0, '.'); import models"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "import pvae.models, not models" in result.stderr
+
+
+def test_help_is_quick_and_imports_no_torch():
+    """Under half a second on an idle machine; what is asserted is the cause, not the clock."""
+    code = (
+        "import sys; from pvae.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'pyro', 'arviz', 'matplotlib', 'sklearn', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+    assert time.perf_counter() - started < 20
