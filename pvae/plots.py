@@ -8,6 +8,7 @@ markers differ too.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
         raise DataError("there is no epoch to draw: pass {name: run.history} of a trained run")
     figure, axes = _subplots(7.5, 4.5)
     shown: list[float] = []
-    for (name, history), colour in zip(known.items(), _cycle(_COLOURS), strict=False):
+    for (name, history), colour in zip(known.items(), itertools.cycle(_COLOURS), strict=False):
         shown += _curve(axes, name, history, colour)
     _leave_out_the_plunge(axes, shown, max(len(history) for history in known.values()))
     axes.plot([], [], "--", color=_GREY, lw=1.2, label="training")
@@ -112,14 +113,14 @@ def _column(history: History, key: str) -> Array:
 
 
 def _leave_out_the_plunge(axes: Any, shown: list[float], epochs: int) -> None:
-    bottom, top = axes.get_ylim()
     if epochs < 5 or not shown:
         return
     low, high = min(shown), max(shown)
-    margin = 0.06 * (high - low)
-    if low - bottom > 1.5 * (high - low) > 0:
-        axes.set_ylim(low - margin, max(top, high + margin) if top < high + margin else high + margin)
-        _note(axes, "earliest epochs lie below")
+    if low - axes.get_ylim()[0] > 1.5 * (high - low) > 0:
+        margin = 0.06 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
+        note = {"transform": axes.transAxes, "ha": "right", "fontsize": 8.5, "color": "#666666"}
+        axes.text(0.98, 0.03, "the first epochs lie below the axis", **note)
 
 
 def samples_beside_data(
@@ -143,8 +144,7 @@ def samples_beside_data(
     if image_shape is None:
         return _tables_beside(sources)
     side = min(8, *(math.isqrt(len(x)) for x in sources.values()))
-    columns = min(4, len(sources))
-    rows = math.ceil(len(sources) / columns)
+    rows, columns = _rows_and_columns(len(sources))
     figure, grid = _grid(rows, columns, width=2.7 * columns, height=2.95 * rows)
     low, high = _grey_range(sources["data"])
     for axes, (name, x) in zip(grid, sources.items(), strict=False):
@@ -172,13 +172,12 @@ def reconstructions(
     if image_shape is None:
         return _tables_reconstructed(sources)
     count = min(12, *(len(x) for x in sources.values()))
-    height = 9.0 * _aspect(image_shape) / count
-    figure, grid = _grid(len(sources), 1, width=10, height=0.5 + (height + 0.12) * len(sources))
+    height = 9.8 * _aspect(image_shape) / count + 0.28
+    figure, grid = _grid(len(sources), 1, width=10, height=height * len(sources))
     low, high = _grey_range(sources["data"])
     for axes, (name, x) in zip(grid, sources.items(), strict=False):
         _picture(axes, _mosaic(_images(x[:count], image_shape), count), low, high)
-        axes.set_ylabel(_words(name, 18), rotation=0, ha="right", va="center", fontsize=10)
-    grid[0].set_title("Data and their reconstructions", fontsize=11)
+        axes.set_title(_words(name, 60), loc="left", fontsize=10, pad=3)
     return figure
 
 
@@ -238,21 +237,24 @@ def evidence_against(
         )
     a, b = _numbers(evidence_a.log_evidence), _numbers(evidence_b.log_evidence)
     seen = np.isfinite(a) & np.isfinite(b)
-    doubtful = seen & (_numbers(torch.maximum(evidence_a.pareto_k, evidence_b.pareto_k)) > 0.7)
-    figure, axes = _subplots(5.8, 5.8)
-    axes.axline((0, 0), slope=1, color=_GREY, lw=1, zorder=1)
-    trusted = seen & ~doubtful
-    axes.scatter(b[trusted], a[trusted], s=14, alpha=0.6, lw=0, color=_COLOURS[0])
-    if doubtful.any():
-        label = f"k-hat > 0.7: {doubtful.sum()} of {len(a)}"
-        style = {"color": _COLOURS[1], "marker": "^", "label": label}
-        axes.scatter(b[doubtful], a[doubtful], s=22, alpha=0.85, lw=0, **style)
-        axes.legend(frameon=False, loc="lower right")
-    _square(axes, np.concatenate([a[seen], b[seen]]))
+    doubtful = _numbers(torch.maximum(evidence_a.pareto_k, evidence_b.pareto_k)) > 0.7
     first, second = (_words(name, 30) for name in names)
-    axes.set(xlabel=f"{second}: log p (nats)", ylabel=f"{first}: log p (nats)")
+    figure, axes = _subplots(5.8, 6.1)
+    beyond = _square(axes, np.concatenate([a[seen], b[seen]]))
+    axes.axline((0, 0), slope=1, color=_GREY, lw=1, zorder=1)
+    for rows, colour, marker, label in (
+        (seen & ~doubtful, _COLOURS[0], "o", "k-hat at most 0.7, or exact"),
+        (seen & doubtful, _COLOURS[1], "^", "k-hat > 0.7"),
+    ):
+        style = {"color": colour, "marker": marker, "label": f"{label} ({rows.sum()})"}
+        axes.scatter(
+            *(np.clip(values[rows], *axes.get_xlim()) for values in (b, a)),
+            s=16, alpha=0.5, lw=0, clip_on=False, **style,
+        )  # fmt: skip
+    note = f"\n{beyond} values beyond the axes are drawn on their edge" if beyond else ""
+    axes.set(xlabel=f"{second}: log p (nats){note}", ylabel=f"{first}: log p (nats)")
     axes.set_title(f"{first} − {second}\n{_paired(a[seen] - b[seen])}", fontsize=11)
-    _note(axes, "above the line: the vertical entry is better")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -286,6 +288,7 @@ def _board_axes(left: Any, right: Any, rows: Sequence[Any]) -> None:
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlabel("mean test log p ± 2 SE (nats per datum)")
     right.set_xlabel("paired difference to the best ± 2 SE (nats)")
+    right.locator_params(axis="x", nbins=5)
     right.axvline(0, color=_GREY, lw=1, zorder=0)
     right.tick_params(axis="y", length=0)
 
@@ -312,51 +315,69 @@ def weights_diagnostics(evidence: Evidence) -> Figure:
     khat, ess = _numbers(evidence.pareto_k), _numbers(evidence.ess)
     figure = _figure(9.5, 3.8)
     left, right = figure.subplots(1, 2)
-    seen = khat[np.isfinite(khat)]
-    if len(seen):
-        edges = np.linspace(min(seen.min(), 0.0) - 0.05, max(seen.max(), 0.8) + 0.05, 31)
-        for part, colour in ((seen[seen <= 0.7], _COLOURS[0]), (seen[seen > 0.7], _COLOURS[1])):
-            left.hist(part, edges, color=colour, ec="white", lw=0.5)
+    seen = np.minimum(khat[np.isfinite(khat)], 2)
+    for part, colour in ((seen[seen <= 0.7], _COLOURS[0]), (seen[seen > 0.7], _COLOURS[1])):
+        left.hist(part, _edges(seen), color=colour, ec="white", lw=0.5)
     left.axvline(0.7, color=_INK, ls="--", lw=1.2)
-    left.set(xlabel="Pareto k-hat", ylabel="data")
-    left.set_title(f"{evidence.unreliable:.1%} of {len(evidence)} data above 0.7", fontsize=11)
-    if len(seen) < len(khat):
-        _note(left, f"not shown: {len(khat) - len(seen)} without a tail to fit")
+    left.set(xlabel=f"Pareto k-hat{_left_out(khat)}", ylabel="data")
+    left.set_title(f"{100 * evidence.unreliable:.1f} % of {len(evidence)} data above 0.7")
     share = 100 * ess / evidence.num_particles
-    right.hist(share, np.linspace(0, 100, 31), color=_COLOURS[2], ec="white", lw=0.5)
+    edges = np.linspace(0, min(100, 1.1 * share.max()), 31)
+    right.hist(share, edges, color=_COLOURS[2], ec="white", lw=0.5)
     right.set(xlabel=f"effective share of K = {evidence.num_particles} particles (%)")
-    right.set_title(f"median effective share {np.median(share):.1f} %", fontsize=11)
+    right.set_title(f"median effective share {np.median(share):.1f} %")
     for axes in (left, right):
         _polish(axes)
+        axes.title.set_fontsize(11)
     return figure
+
+
+def _left_out(khat: Array) -> str:
+    tailless, large = int((~np.isfinite(khat)).sum()), int((np.isfinite(khat) & (khat > 2)).sum())
+    notes = [f"{tailless} without a tail to fit are not shown"] if tailless else []
+    notes += [f"{large} above 2 are drawn at 2"] if large else []
+    return "".join(f"\n{note}" for note in notes)
+
+
+def _edges(khat: Array) -> Array:
+    """Bin edges for k-hat, one of them at 0.7."""
+    low, high = float(np.min(khat, initial=0.0)), float(np.max(khat, initial=1.0))
+    step = (high - low) / 30
+    below, above = math.ceil((0.7 - low) / step), math.ceil((high - 0.7) / step)
+    return np.arange(-below, above + 1) * step + 0.7
 
 
 # --- tables ------------------------------------------------------------------------------------
 
 
 def _tables_beside(sources: Mapping[str, Array]) -> Figure:
-    data = sources["data"]
-    planar = data.shape[1] > 1
-    models = {name: x for name, x in sources.items() if name != "data"} if planar else {}
-    columns = min(4, max(1, len(models)))
-    rows = math.ceil(len(models) / columns)
-    figure = _figure(max(7.5, 3 * columns), 3.4 + 2.9 * rows)
-    above, *below = figure.subfigures(1 + bool(rows), 1, height_ratios=[3.4, 2.9 * rows][: 1 + bool(rows)], squeeze=False)[:, 0]  # fmt: skip
-    _marginals(above.subplots(), sources)
-    if not below:
+    models = {name: x for name, x in sources.items() if name != "data"}
+    if sources["data"].shape[1] == 1 or not models:
+        figure, axes = _subplots(7.5, 3.4)
+        _marginals(axes, sources)
         return figure
-    grid = below[0].subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
-    centre, basis, _ = _principal(data)
-    for axes in list(grid)[len(models) :]:
+    rows, columns = _rows_and_columns(len(models))
+    figure = _figure(max(8.0, 3 * columns), 3.4 + 2.9 * rows)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3.4, 2.9 * rows))
+    above, below = parts
+    _marginals(above.subplots(), sources)
+    _clouds(below, below.subplots(rows, columns, squeeze=False, sharex=True, sharey=True), sources)
+    return figure
+
+
+def _clouds(figure: Any, grid: Any, sources: Mapping[str, Array]) -> None:
+    """Each model's samples over the data, in the plane of the data's principal components."""
+    models = [(name, x) for name, x in sources.items() if name != "data"]
+    centre, basis, _ = _principal(sources["data"])
+    for axes in grid.flat[len(models) :]:
         axes.set_axis_off()
-    for k, (axes, (name, x)) in enumerate(zip(grid, models.items(), strict=False)):
-        _cloud(axes, data, centre, basis, _GREY, 0.45)
+    for k, (axes, (name, x)) in enumerate(zip(grid.flat, models, strict=False)):
+        _cloud(axes, sources["data"], centre, basis, _GREY, 0.45)
         _cloud(axes, x, centre, basis, _COLOURS[k % len(_COLOURS)], 0.6)
         axes.set_title(_words(name, 26), fontsize=10)
         _polish(axes)
-    below[0].supxlabel("principal component 1 of the data", fontsize=10)
-    below[0].supylabel("principal component 2", fontsize=10)
-    return figure
+    figure.supxlabel("principal component 1 of the data", fontsize=10)
+    figure.supylabel("principal component 2", fontsize=10)
 
 
 def _cloud(axes: Any, x: Array, centre: Array, basis: Array, colour: str, alpha: float) -> None:
@@ -369,13 +390,14 @@ def _marginals(axes: Any, sources: Mapping[str, Array]) -> None:
     shown = min(width, _MAX_FEATURES)
     colours = [_GREY, *_COLOURS]
     step = 0.8 / len(sources)
+    room = 430 * step / shown  # points between neighbouring bars
     for k, (name, x) in enumerate(sources.items()):
         q05, q25, q50, q75, q95 = np.quantile(x[:, :shown], (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
         places = np.arange(shown) + (k - (len(sources) - 1) / 2) * step
         colour = colours[k % len(colours)]
         axes.vlines(places, q05, q95, color=colour, lw=1.2)
-        axes.vlines(places, q25, q75, color=colour, lw=4, label=_words(name))
-        axes.plot(places, q50, "o", color="white", mec=colour, ms=4)
+        axes.vlines(places, q25, q75, color=colour, lw=min(6, 0.6 * room), label=_words(name))
+        axes.plot(places, q50, "o", color="white", mec=colour, ms=min(5, 0.8 * room))
     few = "" if shown == width else f" (the first {shown} of {width})"
     axes.set(xlabel=f"feature{few}", ylabel="value", xticks=range(shown))
     axes.set_title("Median, 25 to 75 % and 5 to 95 % of each feature", fontsize=11)
@@ -386,9 +408,11 @@ def _marginals(axes: Any, sources: Mapping[str, Array]) -> None:
 def _tables_reconstructed(sources: Mapping[str, Array]) -> Figure:
     data = sources["data"]
     models = {name: x for name, x in sources.items() if name != "data"}
-    columns = min(4, len(models))
-    rows = math.ceil(len(models) / columns)
+    rows, columns = _rows_and_columns(len(models))
     figure, grid = _grid(rows, columns, width=3.4 * columns, height=3.6 * rows, bare=False)
+    for axes in grid[1:]:
+        axes.sharex(grid[0])
+        axes.sharey(grid[0])
     for k, (axes, (name, x)) in enumerate(zip(grid, models.items(), strict=False)):
         count = min(len(x), len(data))
         truth, made = data[:count].reshape(-1), x[:count].reshape(-1)
@@ -405,7 +429,7 @@ def _tables_reconstructed(sources: Mapping[str, Array]) -> Figure:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -414,7 +438,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _subplots(width: float, height: float) -> tuple[Any, Any]:
+def _subplots(width: float, height: float) -> tuple[Figure, Any]:
     figure = _figure(width, height)
     axes = figure.subplots()
     _polish(axes)
@@ -423,12 +447,18 @@ def _subplots(width: float, height: float) -> tuple[Any, Any]:
 
 def _grid(
     rows: int, columns: int, *, width: float, height: float, bare: bool = True
-) -> tuple[Any, list[Any]]:
+) -> tuple[Figure, list[Any]]:
     figure = _figure(width, height)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off() if bare else _polish(axes)
     return figure, grid
+
+
+def _rows_and_columns(count: int) -> tuple[int, int]:
+    """At most four in a row, the rows as even as can be."""
+    rows = math.ceil(count / 4)
+    return rows, math.ceil(count / rows)
 
 
 def _polish(axes: Any) -> None:
@@ -444,19 +474,9 @@ def _legend_beside(axes: Any, **options: Any) -> None:
     axes.legend(frameon=False, fontsize=9, **place, **options)
 
 
-def _note(axes: Any, text: str) -> None:
-    axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=8.5, color="#666666")
-
-
 def _words(name: str, width: int = 24) -> str:
     """A name as it is (no mathematics in it), cut where it is too long for a picture."""
     return textwrap.shorten(str(name), width=max(width, 8), placeholder="…").replace("$", r"\$")
-
-
-def _cycle(items: Sequence[str]) -> Any:
-    import itertools
-
-    return itertools.cycle(items)
 
 
 def _numbers(values: Any) -> Array:
@@ -465,7 +485,7 @@ def _numbers(values: Any) -> Array:
 
 def _matrix(values: Any) -> Array:
     numbers = _numbers(values).astype(float)
-    return numbers.reshape(len(numbers), -1)
+    return numbers.reshape(len(numbers), math.prod(numbers.shape[1:]))
 
 
 def _or_zero(value: float) -> float:
@@ -536,7 +556,7 @@ def _by_label(marks: Array | None, count: int) -> dict[str, Array] | None:
 
 
 def _histograms(axes: Any, z: Array, groups: Mapping[str, Array] | None) -> None:
-    edges = np.histogram_bin_edges(z, 40)
+    edges = np.histogram_bin_edges(z, 24)
     for k, (label, rows) in enumerate((groups or {"all": np.arange(len(z))}).items()):
         colour = _COLOURS[k % len(_COLOURS)]
         axes.hist(z[rows], edges, histtype="step", lw=1.8, color=colour, label=label)
@@ -565,16 +585,21 @@ def _plane(points: Array, letter: str) -> tuple[Array, tuple[str, str]]:
     return (points - centre) @ basis[:2].T, (names[0], names[1])
 
 
-def _square(axes: Any, values: Array) -> None:
+def _square(axes: Any, values: Array) -> int:
+    """Equal limits around all but the lowest hundredth; returns how many lie beyond."""
     if len(values) == 0:
-        return
-    low, high = float(values.min()), float(values.max())
+        return 0
+    low, high = float(np.quantile(values, 0.01)), float(values.max())
+    low = low if values.min() < low - 0.5 * (high - low) else float(values.min())
     margin = 0.05 * (high - low) or 1.0
-    axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
+    limits = (low - margin, high + margin)
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    return int((values < limits[0]).sum())
 
 
 def _paired(difference: Array) -> str:
     if len(difference) < 2:
         return "too few data for a mean difference"
     stderr = difference.std(ddof=1) / math.sqrt(len(difference))
-    return f"mean difference {difference.mean():+.3g} ± {stderr:.2g} nats (SE, N = {len(difference)})"
+    mean = f"{difference.mean():+.3g} ± {stderr:.2g}".replace("-", "−")
+    return f"mean difference {mean} nats (SE, N = {len(difference)})"
