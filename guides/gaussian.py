@@ -37,6 +37,9 @@ class Gaussian(nn.Module):
         OptionError: ``latents`` is empty, or there is no such covariance.
     """
 
+    x_mean: Tensor
+    x_scale: Tensor
+
     def __init__(
         self,
         x_dim: int,

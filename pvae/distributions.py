@@ -38,7 +38,7 @@ class DiscretizedLogistic(TorchDistribution):  # type: ignore[misc]
     @property
     def support(self) -> Any:
         """The integers ``0 .. num_levels - 1``."""
-        return constraints.integer_interval(0, self.num_levels - 1)
+        return constraints.integer_interval(0, self.num_levels - 1)  # type: ignore[no-untyped-call]
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
         """The same distribution with a larger batch shape."""

@@ -1,31 +1,58 @@
-"""One optimisation step: noise, loss, gradients, guard, update.
+"""One optimisation step made fast: noise, loss, gradients, guard, update.
 
-Randomness comes from ``(seed, step)`` alone, so that a step can be repeated, to find out what
-went wrong or to continue a run.
+Four ways to take it, behind one call ``step(index, step, beta) -> metrics``:
+
+- ``eager``: Pyro's handlers run at every step. Works for every pair.
+- ``staged``: model, guide, gradients and optimiser are traced once, through Pyro's handlers, into
+  one graph of tensor operations, which is then run as it is.
+- ``compiled``: that graph compiled by Inductor.
+- ``auto``: measures a few eager steps, then takes the one that pays over the whole run.
+
+Whatever cannot be staged is run eagerly, with the reason said once. Randomness comes from
+``(seed, step)`` alone, so that a step can be repeated, to find out what went wrong or to continue
+a run.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from pyro import validation_enabled
 from torch import Tensor, nn
 
-from pvae.data import num_rows
+from pvae.data import take
 from pvae.errors import NonFiniteError, OptionError, did_you_mean
 from pvae.objectives import Loss, Objective, PyroObjective
-from pvae.particles import Layout
+from pvae.particles import Layout, module_of
 
-__all__ = ["Eager", "build_optimizer", "mix", "seed_noise"]
+__all__ = [
+    "ENGINES",
+    "METRICS",
+    "Auto",
+    "Eager",
+    "Problem",
+    "Staged",
+    "Step",
+    "build_optimizer",
+    "metrics",
+    "mix",
+    "seed_noise",
+    "stage",
+]
+
+ENGINES = ("auto", "compiled", "eager", "staged")
+METRICS = ("bound", "elbo", "reconstruction", "kl")
 
 _MASK = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed from several integers (splitmix64), so that near ones give unrelated streams."""
+    """A 63-bit seed from several integers (splitmix64): near ones give unrelated streams."""
     state = 0
     for number in numbers:
         state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
@@ -67,14 +94,15 @@ def build_optimizer(
         return optimizer
     if not lr > 0:
         raise OptionError(f"lr must be positive, got {lr}")
-    kind = optimizer if isinstance(optimizer, type) else _optimizer_class(optimizer)
+    kind: Any = optimizer if isinstance(optimizer, type) else _optimizer_class(optimizer)
     given = dict(options or {})
     try:
         if "fused" in kind.__init__.__code__.co_varnames and not {"fused", "foreach"} & set(given):
-            return kind(parameters, lr=lr, fused=True, **given)
-        return kind(parameters, lr=lr, **given)
+            given = {"fused": True, **given}
+        built: torch.optim.Optimizer = kind(parameters, lr=lr, **given)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{kind.__name__} refused its options {given}: {error}") from error
+    return built
 
 
 def _optimizer_class(name: str) -> Any:
@@ -93,16 +121,17 @@ def _optimizer_class(name: str) -> Any:
 
 
 @dataclass
-class Eager:
-    """The plain step: Pyro's handlers run at every call. It works for every pair.
+class Problem:
+    """What a step is about.
 
-    Args:
+    Attributes:
         model: The generative program.
         guide: The inference program.
         objective: What is maximised.
         optimizer: Over all parameters.
         parameters: Name -> parameter.
         layout: From ``objective.prepare``.
+        data: All N data, on the device.
         device: Where everything lies.
         seed: Seed of the noise.
         num_data: N.
@@ -116,34 +145,16 @@ class Eager:
     optimizer: torch.optim.Optimizer
     parameters: Mapping[str, Tensor]
     layout: Layout | None
+    data: Any
     device: torch.device
     seed: int
     num_data: int
     preprocess: Callable[[Any], Any] | None = None
     clip_norm: float | None = None
 
-    def __call__(self, batch: Any, step: int, beta: float) -> Loss:
-        """Take one step; the loss returned is from before the update, on the device.
-
-        Raises:
-            NonFiniteError: a loss or gradient is not finite; the parameters are unchanged.
-        """
-        loss = self._loss(batch, step, beta)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        healthy = torch.isfinite(norm) & torch.isfinite(loss.loss)
-        # On a CPU this reads a value that is there already; a GPU would have to wait for it.
-        if self.device.type == "cpu" and not bool(healthy):
-            raise self.diagnose(batch, step, beta)
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
-        self.optimizer.step()
-        return loss
-
-    def _loss(self, batch: Any, step: int, beta: float) -> Loss:
-        seed_noise(self.device, self.seed, step)
+    def loss(self, index: Tensor, beta: Any) -> Loss:
+        """The objective on the rows ``index`` of the data."""
+        batch = take(self.data, index)
         if self.preprocess is not None:
             batch = self.preprocess(batch)
         return self.objective.evaluate(
@@ -155,38 +166,488 @@ class Eager:
             num_data=self.num_data,
         )
 
-    def diagnose(self, batch: Any, step: int, beta: float) -> NonFiniteError:
-        """Repeat the step with the same noise and name what was not finite."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def buffers(self) -> list[Tensor]:
+        """Buffers of both programs, each once (batch normalisation changes them)."""
+        modules = [m for m in (module_of(self.model), module_of(self.guide)) if m is not None]
+        return list({id(b): b for module in modules for b in module.buffers()}.values())
+
+    def diagnose(self, index: Tensor, step: int, beta: Any) -> NonFiniteError:
+        """Repeat a step with the same noise and name what was not finite."""
+        where, remedy = f"step {step}", "the parameters are as before the step"
+        seed_noise(self.device, self.seed, step)
         with torch.no_grad():
-            particles = self._loss(batch, step, beta).particles
-        where = f"step {step}"
-        if particles is not None:
-            for role, terms in (("model", particles.log_p), ("guide", particles.log_q)):
-                for name, term in terms.items():
-                    bad = ~torch.isfinite(term).all(0)
-                    if bool(bad.any()):
-                        rows = bad.nonzero().flatten().tolist()
-                        return NonFiniteError(
-                            f"{where}: {role} site {name!r} has a log density that is not finite in "
-                            f"{len(rows)} of {num_rows(batch)} rows of the batch (rows "
-                            f"{_some(rows)}); the parameters are as before the step: look at these "
-                            "data, or lower lr",
-                        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._loss(batch, step, beta).loss.backward()  # type: ignore[no-untyped-call]
-        bad_names = [
-            name
-            for name, p in self.parameters.items()
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-        ]
-        self.optimizer.zero_grad(set_to_none=True)
-        return NonFiniteError(
-            f"{where}: the gradient of {_some(bad_names) or 'the loss'} is not finite although every "
-            "log density is; the parameters are as before the step: clip the gradient (clip_norm) "
-            "or lower lr"
+            particles = self.loss(index, beta).particles
+        terms = (
+            [] if particles is None else [("model", particles.log_p), ("guide", particles.log_q)]
         )
+        for role, sites in terms:
+            for name, term in sites.items():
+                bad = ~torch.isfinite(term).all(0)
+                if bool(bad.any()):
+                    rows = sorted(index[bad.to(index.device)].tolist())
+                    return NonFiniteError(
+                        f"{where}: {role} site {name!r} has a log density that is not finite in "
+                        f"{len(rows)} of {len(index)} rows of the batch (data rows {_some(rows)}); "
+                        f"{remedy}: look at these data, or lower lr"
+                    )
+        names = self._bad_gradients(index, step, beta)
+        return NonFiniteError(
+            f"{where}: the gradient of {_some(names) or 'the loss'} is not finite although every "
+            f"log density is; {remedy}: clip the gradient (clip_norm) or lower lr"
+        )
+
+    def _bad_gradients(self, index: Tensor, step: int, beta: Any) -> list[str]:
+        seed_noise(self.device, self.seed, step)
+        tensors = list(self.parameters.values())
+        gradients = torch.autograd.grad(self.loss(index, beta).loss, tensors, allow_unused=True)
+        return [
+            name
+            for name, gradient in zip(self.parameters, gradients, strict=True)
+            if gradient is not None and not bool(torch.isfinite(gradient).all())
+        ]
+
+
+class Step(Protocol):
+    """One optimisation step; ``name`` and ``reason`` say which engine took it and why."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+
+    @property
+    def reason(self) -> str:
+        """Why it took the steps."""
+
+    def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
+        """Update on the rows ``index``; sums over them of :data:`METRICS`, ``(4,)``, device."""
+
+    def finish(self) -> None:
+        """Bring the optimiser's own state up to date."""
+
+
+def metrics(loss: Loss) -> Tensor:
+    """Sums over the batch of bound, ELBO, reconstruction and KL: ``(4,)`` nats."""
+    columns = (loss.bound, loss.elbo, loss.reconstruction, loss.kl)
+    return torch.stack([column.detach().sum() for column in columns])
+
+
+class Eager:
+    """The plain step: Pyro's handlers run at every call. It works for every pair."""
+
+    name = "eager"
+
+    def __init__(self, problem: Problem, reason: str = "") -> None:
+        self.problem, self.reason = problem, reason
+
+    def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
+        """Take one step.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the parameters are unchanged.
+        """
+        problem = self.problem
+        seed_noise(problem.device, problem.seed, step)
+        loss = problem.loss(index, beta)
+        problem.optimizer.zero_grad(set_to_none=True)
+        loss.loss.backward()  # type: ignore[no-untyped-call]
+        tensors = list(problem.parameters.values())
+        norm = nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None])
+        healthy = torch.isfinite(norm) & torch.isfinite(loss.loss)
+        # A CPU reads what is there already; a GPU would wait, and is checked once an epoch.
+        if problem.device.type == "cpu" and not bool(healthy):
+            problem.optimizer.zero_grad(set_to_none=True)
+            raise problem.diagnose(index, step, beta)
+        if problem.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(tensors, problem.clip_norm, norm)
+        problem.optimizer.step()
+        return metrics(loss)
+
+    def finish(self) -> None:
+        """Nothing is kept apart."""
+
+
+class Staged:
+    """The step as one graph of tensor operations, traced once through Pyro's handlers.
+
+    Model, guide, gradients, guard and (for Adam, AdamW, SGD and RMSprop) the update are in the
+    graph; other optimisers step after it. Batches of another size than the first are run eagerly.
+
+    Args:
+        problem: What the step is about.
+        index: An example batch of row numbers, of the usual size.
+        compiled: Compile the graph with Inductor.
+
+    Raises:
+        StagingError: it cannot be staged; the message is the reason.
+    """
+
+    def __init__(
+        self, problem: Problem, index: Tensor, *, compiled: bool, reason: str = ""
+    ) -> None:
+        self.problem, self.reason = problem, reason
+        self.name = "compiled" if compiled else "staged"
+        self.rows = len(index)
+        self.eager = Eager(problem)
+        self.tensors = list(problem.parameters.values())
+        self.update = _Update.of(problem.optimizer, self.tensors)
+        self.taken = 0 if self.update is None else self.update.steps_taken()
+        self.scalars = torch.ones(4, device=problem.device, dtype=self.tensors[0].dtype)
+        data = torch.utils._pytree.tree_leaves(problem.data)
+        held = [*self.tensors, *problem.buffers(), *self._state(), *data, self.scalars]
+        self.inputs = [tensor.detach() for tensor in held]
+        before = [tensor.clone() for tensor in self.inputs[: -len(data) - 1]]
+        try:
+            started = time.perf_counter()
+            graph = self._trace(held, index)
+            self.run = _compile(graph, [*self.inputs, index]) if compiled else graph
+            self._verify(index, before)
+            self.seconds = time.perf_counter() - started
+        finally:
+            self._restore(before)
+
+    def _state(self) -> list[Tensor]:
+        return [] if self.update is None else self.update.state()
+
+    def _restore(self, before: list[Tensor]) -> None:
+        with torch.no_grad():
+            for tensor, value in zip(self.inputs, before, strict=False):
+                tensor.copy_(value)
+
+    def _trace(self, held: list[Tensor], index: Tensor) -> Any:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        def body(held: list[Tensor], index: Tensor) -> Any:
+            return self._body(index)
+
+        try:
+            with torch.random.fork_rng(_cuda(self.problem.device)), validation_enabled(False):
+                graph = make_fx(body, tracing_mode="real")(held, index)
+        except Exception as error:
+            raise StagingError(_why_not(error)) from error
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return graph
+
+    def _body(self, index: Tensor) -> tuple[Tensor, ...]:
+        beta = self.scalars[0]
+        loss = self.problem.loss(index, beta)
+        gradients = torch.autograd.grad(loss.loss, self.tensors, allow_unused=True)
+        squares = [g.detach().square().sum() for g in gradients if g is not None]
+        norm = torch.stack(squares).sum().sqrt()
+        healthy = torch.isfinite(norm) & torch.isfinite(loss.loss.detach())
+        if self.problem.clip_norm is not None:
+            factor = (self.problem.clip_norm / (norm + 1e-6)).clamp(max=1)
+            gradients = tuple(None if g is None else g * factor for g in gradients)
+        found = torch.cat([metrics(loss), norm[None], healthy[None].to(norm.dtype)])
+        if self.update is None:
+            return (found, *[g for g in gradients if g is not None])
+        with torch.no_grad():
+            self.update(self.tensors, gradients, healthy, self.scalars)
+        return (found,)
+
+    def _verify(self, index: Tensor, before: list[Tensor]) -> None:
+        """The graph against the program on other rows and noise: nothing may have been baked in."""
+        problem, other = self.problem, (index + 1) % problem_rows(self.problem)
+        self._restore(before)
+        with torch.random.fork_rng(_cuda(problem.device)):
+            seed_noise(problem.device, problem.seed, -7)
+            loss = problem.loss(other, 1.0)
+            gradients = torch.autograd.grad(loss.loss, self.tensors, allow_unused=True)
+            squares = [g.square().sum() for g in gradients if g is not None]
+            expected = torch.cat([metrics(loss), torch.stack(squares).sum().sqrt()[None]])
+            self._restore(before)
+            seed_noise(problem.device, problem.seed, -7)
+            self._fill(1.0, 0.0)
+            with torch.no_grad():
+                found = self.run(*self.inputs, other)[0][:5]
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+            raise StagingError(
+                "the traced graph does not reproduce the program on other data: something in it is "
+                "computed outside torch, or from a Python value that changes"
+            )
+
+    def _fill(self, beta: float, rate: float) -> None:
+        corrections = (1.0, 1.0) if self.update is None else self.update.corrections(self.taken + 1)
+        values = torch.tensor((beta, rate, *corrections), dtype=self.scalars.dtype)
+        self.scalars.copy_(values)
+
+    def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
+        """Take one step.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the parameters are unchanged.
+        """
+        problem = self.problem
+        if len(index) != self.rows:
+            self.finish()
+            found = self.eager(index, step, beta)
+            self.taken += 1
+            return found
+        self._fill(beta, problem.optimizer.param_groups[0]["lr"])
+        seed_noise(problem.device, problem.seed, step)
+        with torch.no_grad():
+            found, *gradients = self.run(*self.inputs, index)
+        if problem.device.type == "cpu" and not bool(found[5]):
+            raise problem.diagnose(index, step, beta)
+        if self.update is None:
+            self._step_outside(gradients)
+        self.taken += 1
+        sums: Tensor = found[:4]
+        return sums
+
+    def _step_outside(self, gradients: Sequence[Tensor]) -> None:
+        for tensor, gradient in zip(self.tensors, gradients, strict=True):
+            tensor.grad = gradient
+        self.problem.optimizer.step()
+
+    def finish(self) -> None:
+        """Tell the optimiser how many steps the graph has taken."""
+        if self.update is not None:
+            self.update.set_steps(self.taken)
+
+
+class StagingError(RuntimeError):
+    """A step cannot be staged; the message is the reason, in words."""
+
+
+def problem_rows(problem: Problem) -> int:
+    """Number of data."""
+    return int(torch.utils._pytree.tree_leaves(problem.data)[0].shape[0])
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def _why_not(error: Exception) -> str:
+    text = str(error)
+    if "_local_scalar_dense" in text or "data-dependent" in text:
+        return (
+            "the program reads a value from a tensor (.item(), if, int()), so it branches on data"
+        )
+    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
+
+
+def _compile(graph: Any, inputs: list[Tensor]) -> Any:
+    """The graph through Inductor, its noise drawn as torch draws it."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, when Inductor is imported
+            import torch._inductor.config as settings
+            from torch._inductor.compile_fx import compile_fx
+
+        with torch.no_grad(), settings.patch(fallback_random=True):
+            run: Any = compile_fx(graph, inputs)  # type: ignore[arg-type]
+            run(*inputs)  # compiles here and not at the first step
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise StagingError(f"the compiler failed ({type(error).__name__}: {reason[0]})") from error
+    return run
+
+
+class _Update:
+    """A torch optimiser's update as tensor operations, on that optimiser's own state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> None:
+        self.optimizer, self.group = optimizer, optimizer.param_groups[0]
+        self.tensors = tensors
+        self.names, self.rule = _RULES[type(optimizer)]
+        if isinstance(optimizer, torch.optim.SGD) and not self.group["momentum"]:
+            self.names = ()
+        if isinstance(optimizer, torch.optim.RMSprop) and not self.group["momentum"]:
+            self.names = ("square_avg",)
+        for tensor in tensors:
+            state = optimizer.state[tensor]
+            if not isinstance(optimizer, torch.optim.SGD):
+                state.setdefault("step", torch.zeros((), device=tensor.device))
+            for name in self.names:
+                if state.get(name) is None:
+                    state[name] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> _Update | None:
+        """The update in the graph, or ``None`` where the optimiser has to step by itself."""
+        if type(optimizer) not in _RULES or len(optimizer.param_groups) > 1:
+            return None
+        group = optimizer.param_groups[0]
+        unusual = ("amsgrad", "maximize", "centered", "nesterov", "dampening", "differentiable")
+        if any(group.get(name) for name in unusual):
+            return None
+        return cls(optimizer, tensors)
+
+    def state(self) -> list[Tensor]:
+        return [self.optimizer.state[t][name] for t in self.tensors for name in self.names]
+
+    def steps_taken(self) -> int:
+        steps = [self.optimizer.state[t].get("step", 0) for t in self.tensors]
+        return int(steps[0])
+
+    def set_steps(self, count: int) -> None:
+        for tensor in self.tensors:
+            if "step" in self.optimizer.state[tensor]:
+                self.optimizer.state[tensor]["step"].fill_(count)
+
+    def corrections(self, step: int) -> tuple[float, float]:
+        if "betas" not in self.group:
+            return 1.0, 1.0
+        first, second = self.group["betas"]
+        return 1 - first**step, (1 - second**step) ** 0.5
+
+    def __call__(
+        self,
+        tensors: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        healthy: Tensor,
+        scalars: Tensor,
+    ) -> None:
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            if gradient is None:
+                continue
+            state = [self.optimizer.state[tensor][name] for name in self.names]
+            old = [tensor, *state]
+            for target, value in zip(
+                old, self.rule(self.group, gradient, *old, scalars=scalars), strict=True
+            ):
+                target.copy_(torch.where(healthy, value, target))
+
+
+def _adam(
+    group: Mapping[str, Any], g: Tensor, p: Tensor, m: Tensor, v: Tensor, *, scalars: Tensor
+) -> tuple[Tensor, ...]:
+    _, rate, first, second = scalars.unbind()
+    decay = group["weight_decay"]
+    if decay and group.get("decoupled_weight_decay"):
+        p = p * (1 - rate * decay)
+    elif decay:
+        g = g + decay * p
+    m = m.lerp(g, 1 - group["betas"][0])
+    v = v * group["betas"][1] + (1 - group["betas"][1]) * g * g
+    return p - (rate / first) * m / (v.sqrt() / second + group["eps"]), m, v
+
+
+def _sgd(
+    group: Mapping[str, Any], g: Tensor, p: Tensor, *buffer: Tensor, scalars: Tensor
+) -> tuple[Tensor, ...]:
+    if group["weight_decay"]:
+        g = g + group["weight_decay"] * p
+    if not buffer:
+        return (p - scalars[1] * g,)
+    moved = group["momentum"] * buffer[0] + g
+    return p - scalars[1] * moved, moved
+
+
+def _rmsprop(
+    group: Mapping[str, Any], g: Tensor, p: Tensor, s: Tensor, *buffer: Tensor, scalars: Tensor
+) -> tuple[Tensor, ...]:
+    if group["weight_decay"]:
+        g = g + group["weight_decay"] * p
+    s = s * group["alpha"] + (1 - group["alpha"]) * g * g
+    change = g / (s.sqrt() + group["eps"])
+    if not buffer:
+        return p - scalars[1] * change, s
+    moved = group["momentum"] * buffer[0] + change
+    return p - scalars[1] * moved, s, moved
+
+
+_RULES: dict[type, tuple[tuple[str, ...], Callable[..., tuple[Tensor, ...]]]] = {
+    torch.optim.Adam: (("exp_avg", "exp_avg_sq"), _adam),
+    torch.optim.AdamW: (("exp_avg", "exp_avg_sq"), _adam),
+    torch.optim.RMSprop: (("square_avg", "momentum_buffer"), _rmsprop),
+    torch.optim.SGD: (("momentum_buffer",), _sgd),
+}
+
+
+class Auto:
+    """Measures a few eager steps, then takes the engine that pays over the rest of the run.
+
+    Args:
+        problem: What the step is about.
+        total_steps: Steps of the whole run.
+        say: Called once with what was chosen and why.
+    """
+
+    _measured = 4
+    _staging_pays = 2.0  # seconds of eager steps ahead, above which tracing once is worth it
+    _compiling_pays = 60.0  # likewise for the compiler, which takes 10 to 30 s
+
+    def __init__(self, problem: Problem, total_steps: int, say: Callable[[str], None]) -> None:
+        self.problem, self.total_steps, self.say = problem, total_steps, say
+        self.chosen: Step = Eager(problem)
+        self.times: list[float] = []
+        self.decided = False
+
+    @property
+    def name(self) -> str:
+        """The engine in use."""
+        return self.chosen.name
+
+    @property
+    def reason(self) -> str:
+        """Why it was chosen."""
+        return self.chosen.reason
+
+    def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
+        """Take one step."""
+        if self.decided:
+            return self.chosen(index, step, beta)
+        started = time.perf_counter()
+        found = self.chosen(index, step, beta)
+        self.times.append(time.perf_counter() - started)
+        if len(self.times) > self._measured:
+            self._decide(index)
+        return found
+
+    def _decide(self, index: Tensor) -> None:
+        self.decided = True
+        each = sorted(self.times[1:])[self._measured // 2]
+        ahead = each * (self.total_steps - len(self.times))
+        cost = f"{self.total_steps} steps of {1e3 * each:.1f} ms"
+        if ahead < self._staging_pays:
+            self.chosen = Eager(self.problem, f"{cost}: staging would not pay")
+        else:
+            name = "compiled" if ahead > self._compiling_pays else "staged"
+            self.chosen = stage(name, self.problem, index, self.total_steps, self.say, cost)
+            return
+        self.say(f"engine {self.chosen.name} ({self.chosen.reason})")
+
+    def finish(self) -> None:
+        """Bring the optimiser's own state up to date."""
+        self.chosen.finish()
+
+
+def stage(
+    engine: str,
+    problem: Problem,
+    index: Tensor,
+    total_steps: int,
+    say: Callable[[str], None],
+    reason: str = "asked for",
+) -> Step:
+    """The step by one of :data:`ENGINES`, falling back with the reason said once.
+
+    Args:
+        engine: Its name.
+        problem: What the step is about.
+        index: An example batch of row numbers, of the usual size.
+        total_steps: Steps of the whole run, by which ``auto`` chooses.
+        say: Called with what was chosen and why.
+        reason: Why this engine is wanted.
+    """
+    if engine == "auto":
+        return Auto(problem, total_steps, say)
+    if engine == "eager":
+        return Eager(problem, reason)
+    for compiled in (True, False) if engine == "compiled" else (False,):
+        try:
+            step = Staged(problem, index, compiled=compiled, reason=reason)
+        except StagingError as error:
+            reason = str(error)
+            continue
+        say(f"engine {step.name} ({step.reason}; ready in {step.seconds:.1f} s)")
+        return step
+    say(f"engine eager instead of {engine}: {reason}")
+    return Eager(problem, reason)
 
 
 def _some(items: Sequence[Any], most: int = 5) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 __all__ = ["Reporter", "describe"]
 
@@ -67,15 +68,23 @@ class Reporter:
         if self.bar is not None:
             self.bar.stop()
 
-    def step(self, bound: Callable[[], float]) -> None:
-        """One step is done; ``bound`` is read only when the bar is redrawn."""
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False)
+        elif self.enabled:
+            print(text, file=sys.stderr)
+
+    def step(self, metrics: Tensor, rows: int) -> None:
+        """One step is done; its metrics are read only when the bar is redrawn."""
         if self.bar is None:
             return
         self.pending += 1
         now = time.monotonic()
         if now - self.drawn >= _INTERVAL:
+            bound = float(metrics[0]) / rows
             self.bar.update(
-                self.task, advance=self.pending, description=f"bound {bound():.2f} nats/datum"
+                self.task, advance=self.pending, description=f"bound {bound:.2f} nats/datum"
             )
             self.pending, self.drawn = 0, now
 
@@ -86,8 +95,4 @@ class Reporter:
             self.bar.update(self.task, advance=self.pending, epoch=min(epoch + 1, self.epochs))
             self.pending = 0
         if self.enabled and (epoch % self.line_every == 0 or epoch in (1, self.epochs)):
-            line = f"epoch {epoch}/{self.epochs}: {describe(row)}"
-            if self.bar is not None:
-                self.bar.console.print(line, highlight=False)
-            else:
-                print(line, file=sys.stderr)
+            self.say(f"epoch {epoch}/{self.epochs}: {describe(row)}")

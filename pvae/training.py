@@ -17,10 +17,20 @@ from torch import Tensor
 
 from pvae.checkpoints import save_tensors
 from pvae.data import as_batch, num_rows, take
-from pvae.engine import Eager, build_optimizer, mix, seed_noise
+from pvae.engine import (
+    ENGINES,
+    METRICS,
+    Problem,
+    Step,
+    build_optimizer,
+    metrics,
+    mix,
+    seed_noise,
+    stage,
+)
 from pvae.errors import NonFiniteError, OptionError, ProgramError, did_you_mean
 from pvae.evidence.importance import evaluation
-from pvae.objectives import Loss, Objective, PyroObjective, as_objective, vae
+from pvae.objectives import Objective, PyroObjective, as_objective, vae
 from pvae.particles import Layout, arguments, check_support, module_of, parameters
 from pvae.progress import Reporter
 from pvae.schedules import Schedule
@@ -44,6 +54,7 @@ class Run:
         num_parameters: Number of trained numbers.
         seconds: Time of the training.
         device: Where it ran.
+        engine: What took the steps, with the reason.
         run_dir: Its folder, if it has one.
         stopped: Why it ended: ``"epochs"`` or ``"patience"``.
     """
@@ -56,6 +67,7 @@ class Run:
     num_parameters: int = 0
     seconds: float = 0.0
     device: str = "cpu"
+    engine: str = "eager"
     run_dir: Path | None = None
     stopped: str = "epochs"
 
@@ -103,7 +115,8 @@ def fit(
         clip_norm: Largest norm of the gradient.
         patience: Stop after this many epochs without a better validation bound.
         preprocess: Applied to each training batch, on the device, with the step's noise.
-        engine: ``"auto"`` or ``"eager"``.
+        engine: How a step is taken, see :mod:`pvae.engine`: ``"auto"`` chooses what pays,
+            ``"eager"``, ``"staged"`` or ``"compiled"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ….
         seed: Seed of order and noise.
         run_dir: Folder for ``metrics.jsonl`` and ``checkpoints/``.
@@ -145,14 +158,15 @@ def fit(
         factor = _lr_factor(lr_schedule, steps_per_epoch * epochs)
         optim = build_optimizer(optimizer, list(weights.values()), lr=lr, options=optimizer_options)
         rates = [group["lr"] for group in optim.param_groups]
-        step_once = Eager(
-            model, guide, goal, optim, weights, layout, where, seed, total, preprocess, clip_norm
-        )
+        problem = Problem(
+            model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
+            clip_norm,
+        )  # fmt: skip
         run = Run(model, guide, goal, device=str(where))
         run.num_parameters = sum(p.numel() for p in weights.values())
         run.run_dir = None if run_dir is None else Path(run_dir)
         loop = _Loop(
-            run, step_once, data, held_out, batch_size, epochs, patience, rates, factor, progress
+            run, problem, engine, held_out, batch_size, epochs, patience, rates, factor, progress
         )
         with pyro.validation_enabled(False):
             loop.run_all(started)
@@ -165,8 +179,8 @@ class _Loop:
     """The epochs of one call of :func:`fit`."""
 
     run: Run
-    step_once: Eager
-    data: Any
+    problem: Problem
+    engine: str
     valid: Any
     batch_size: int
     epochs: int
@@ -178,81 +192,83 @@ class _Loop:
     best: float = -math.inf
     best_state: dict[str, Tensor] | None = None
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.problem.num_data / self.batch_size)
+
     def run_all(self, started: float) -> None:
-        metrics = _open_metrics(self.run.run_dir)
-        steps = math.ceil(num_rows(self.data) / self.batch_size)
+        log = _open_metrics(self.run.run_dir)
         try:
-            with Reporter(self.epochs, steps, enabled=self.progress) as reporter:
-                for epoch in range(1, self.epochs + 1):
-                    row = self._epoch(epoch, reporter)
-                    self.run.history.append(row)
-                    self.run.seconds = time.perf_counter() - started
-                    if metrics is not None:
-                        metrics.write(json.dumps(row) + "\n")
-                        metrics.flush()
-                    self._keep_best(epoch, row)
-                    reporter.epoch(row)
-                    if self.patience is not None and epoch - self.run.best_epoch >= self.patience:
-                        self.run.stopped = "patience"
-                        break
+            with Reporter(self.epochs, self.steps_per_epoch, enabled=self.progress) as reporter:
+                self._epochs(reporter, log, started)
         finally:
-            if metrics is not None:
-                metrics.close()
+            if log is not None:
+                log.close()
             self._restore()
             self.run.seconds = time.perf_counter() - started
         if self.run.run_dir is not None:
             about = {"epoch": self.run.best_epoch, "step": self.step}
             save_tensors(self.run.run_dir / "checkpoints" / "best", self._state(), about)
 
-    def _epoch(self, epoch: int, reporter: Reporter) -> dict[str, float]:
+    def _epochs(self, reporter: Reporter, log: Any, started: float) -> None:
+        example = torch.arange(
+            min(self.batch_size, self.problem.num_data), device=self.problem.device
+        )
+        total = self.epochs * self.steps_per_epoch
+        take_step = stage(self.engine, self.problem, example, total, reporter.say)
+        for epoch in range(1, self.epochs + 1):
+            row = self._epoch(epoch, take_step, reporter)
+            self.run.history.append(row)
+            self.run.seconds = time.perf_counter() - started
+            if log is not None:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            self._keep_best(epoch, row)
+            reporter.epoch(row)
+            if self.patience is not None and epoch - self.run.best_epoch >= self.patience:
+                self.run.stopped = "patience"
+                break
+        take_step.finish()
+        self.run.engine = f"{take_step.name} ({take_step.reason})"
+
+    def _epoch(self, epoch: int, take_step: Step, reporter: Reporter) -> dict[str, float]:
         started = time.perf_counter()
-        sums: Tensor | None = None
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.problem.device)
         beta = 1.0
         for index in self._batches(epoch):
-            beta = self.step_once.objective.schedule(self.step)
+            beta = float(self.problem.objective.schedule(self.step))
             self._set_lr()
-            loss = self._step(index, beta, epoch)
-            part = torch.stack([t.sum() for t in _metrics(loss)]).double()
-            sums = part if sums is None else sums + part
+            try:
+                found = take_step(index, self.step, beta)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"epoch {epoch}, {error}") from None
+            sums += found
             self.step += 1
-            reporter.step(lambda loss=loss: float(loss.bound.mean()))
+            reporter.step(found, len(index))
         seconds = time.perf_counter() - started
-        total = num_rows(self.data)
         row: dict[str, float] = {"epoch": epoch, "step": self.step}
-        names = ("bound", "elbo", "reconstruction", "kl")
-        if sums is not None:
-            row |= _known(zip(names, (sums / total).tolist(), strict=True))
-        row |= {"beta": float(beta), "lr": float(self.step_once.optimizer.param_groups[0]["lr"])}
-        row |= {"seconds": seconds, "steps_per_second": self._steps() / max(seconds, 1e-9)}
+        row |= _known(zip(METRICS, (sums / self.problem.num_data).tolist(), strict=True))
+        row |= {"beta": beta, "lr": float(self.problem.optimizer.param_groups[0]["lr"])}
+        row |= {"seconds": seconds, "steps_per_second": self.steps_per_epoch / max(seconds, 1e-9)}
         self._check_finite(row, epoch)
         if self.valid is not None:
             row |= {f"valid_{name}": value for name, value in self._validate().items()}
         return row
 
-    def _steps(self) -> int:
-        return math.ceil(num_rows(self.data) / self.batch_size)
-
     def _batches(self, epoch: int) -> Iterator[Tensor]:
         """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
-        step = self.step_once
-        generator = torch.Generator().manual_seed(mix(step.seed, -2, epoch))
-        order = torch.randperm(num_rows(self.data), generator=generator).to(step.device)
-        yield from order.split(self.batch_size)
-
-    def _step(self, index: Tensor, beta: float, epoch: int) -> Loss:
-        try:
-            return self.step_once(take(self.data, index), self.step, beta)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"epoch {epoch}, {error}") from None
+        generator = torch.Generator().manual_seed(mix(self.problem.seed, -2, epoch))
+        order = torch.randperm(self.problem.num_data, generator=generator)
+        yield from torch.split(order.to(self.problem.device), self.batch_size)
 
     def _set_lr(self) -> None:
         factor = self.factor(self.step)
-        for group, rate in zip(self.step_once.optimizer.param_groups, self.rates, strict=True):
+        for group, rate in zip(self.problem.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
     def _check_finite(self, row: Mapping[str, float], epoch: int) -> None:
         """The guard of devices whose steps are not waited for: once an epoch."""
-        if not math.isfinite(row.get("bound", 0.0)):
+        if not math.isfinite(row["bound"]):
             raise NonFiniteError(
                 f"epoch {epoch}: the bound is not finite; the parameters are those of epoch "
                 f"{self.run.best_epoch}: lower lr or clip the gradient (clip_norm)"
@@ -260,20 +276,21 @@ class _Loop:
 
     def _validate(self) -> dict[str, float]:
         """The bound of the held-out data at KL weight one, with the same noise each epoch."""
-        step = self.step_once
-        sums, total = torch.zeros(4, dtype=torch.float64), num_rows(self.valid)
-        with evaluation(step.model, step.guide, seed=mix(step.seed, -3), device=step.device):
-            for index in torch.arange(total, device=step.device).split(_EVALUATION_BATCH):
-                loss = step.objective.evaluate(
-                    step.model,
-                    step.guide,
+        problem = self.problem
+        sums, total = torch.zeros(len(METRICS), dtype=torch.float64), num_rows(self.valid)
+        seed = mix(problem.seed, -3)
+        with evaluation(problem.model, problem.guide, seed=seed, device=problem.device):
+            rows = torch.arange(total, device=problem.device)
+            for index in torch.split(rows, _EVALUATION_BATCH):
+                loss = problem.objective.evaluate(
+                    problem.model,
+                    problem.guide,
                     take(self.valid, index),
-                    layout=step.layout,  # type: ignore[arg-type]
-                    num_data=step.num_data,
+                    layout=problem.layout,  # type: ignore[arg-type]
+                    num_data=problem.num_data,
                 )
-                sums += torch.stack([t.sum() for t in _metrics(loss)]).double().cpu()
-        names = ("bound", "elbo", "reconstruction", "kl")
-        return _known(zip(names, (sums / total).tolist(), strict=True))
+                sums += metrics(loss).double().cpu()
+        return _known(zip(METRICS, (sums / total).tolist(), strict=True))
 
     def _keep_best(self, epoch: int, row: Mapping[str, float]) -> None:
         if self.valid is None:
@@ -284,7 +301,7 @@ class _Loop:
 
     def _state(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the pair, by name, each tensor once."""
-        state = dict(self.step_once.parameters)
+        state = dict(self.problem.parameters)
         seen = {id(t) for t in state.values()}
         for role, program in (("model", self.run.model), ("guide", self.run.guide)):
             module = module_of(program)
@@ -301,10 +318,6 @@ class _Loop:
                     tensor.copy_(self.best_state[name])
 
 
-def _metrics(loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return loss.bound, loss.elbo, loss.reconstruction, loss.kl
-
-
 def _known(pairs: Any) -> dict[str, float]:
     """Without the entries that Pyro's own ELBOs do not tell apart."""
     return {
@@ -317,12 +330,11 @@ def _check_options(
 ) -> None:
     if epochs < 1 or batch_size < 1:
         raise OptionError(
-            f"epochs and batch_size must be at least 1, got epochs={epochs}, batch_size={batch_size}"
+            f"epochs and batch_size must be at least 1, got epochs={epochs}, "
+            f"batch_size={batch_size}"
         )
-    if engine not in ("auto", "eager"):
-        raise OptionError(
-            f"no engine is called {engine!r}: {did_you_mean(engine, ('auto', 'eager'))}"
-        )
+    if engine not in ENGINES:
+        raise OptionError(f"no engine is called {engine!r}: {did_you_mean(engine, ENGINES)}")
     if patience is not None and valid is None:
         raise OptionError("patience needs held-out data to judge by: pass valid=")
     if patience is not None and patience < 1:
@@ -344,7 +356,7 @@ def _device(name: str) -> torch.device:
 
 def _check_all_supports(layout: Layout, data: Any) -> None:
     args, kwargs = arguments(data)
-    entries = {**dict(enumerate(args)), **kwargs}
+    entries: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     for name, (key, support) in layout.supports.items():
         if key in entries:
             check_support(name, support, entries[key])

@@ -65,8 +65,7 @@ def test_exactly_k_draws_whatever_the_pieces(pair, num_particles, max_pairs):
     calls = []
 
     def counting(x: torch.Tensor) -> None:
-        value = model(x)
-        calls.append(pyro.condition is not None and value is not None)
+        calls.append(model(x))
 
     found = importance(counting, Exact(model), x[:5], num_particles, max_pairs=max_pairs)
     assert (found.log_evidence - model.log_evidence(x[:5])).abs().max() < 1e-9
@@ -182,7 +181,7 @@ def test_wrong_use_gets_one_sentence(pair):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(8, dtype=x.dtype), 1).to_event(1))
-            pyro.sample("x", dist.Normal(z + w[..., None, None], 1).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z + w.unsqueeze(-1), 1).to_event(1), obs=x)
 
     def shared_guide(x: torch.Tensor) -> None:
         pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -190,14 +189,14 @@ def test_wrong_use_gets_one_sentence(pair):
             pyro.sample("z", dist.Normal(x, 1).to_event(1))
 
     with pytest.raises(ProgramError, match="'w' is shared by all data"):
-        importance(pyro.poutine.block(shared, hide=[]), shared_guide, x, 5)
+        importance(shared, shared_guide, x, 5)
 
 
 def test_importance_weighted_bounds_rise_to_the_evidence(pair):
     """RELIABILITY C12, importance side: L_k is monotone in k and ends at log p(x)."""
     model, guide, x = pair
     layout_batch = x[:20]
-    truth = float(model.log_evidence(layout_batch).mean())
+    truth = float(model.log_evidence(layout_batch).mean().detach())
     torch.manual_seed(0)
     means, errors = [], []
     for k in (1, 4, 16, 64):

@@ -58,37 +58,39 @@ def test_linear_gaussian_vae_reaches_the_maximum_likelihood_of_factor_analysis()
         model, guide, x, objective=pvae.stl(), epochs=400, batch_size=600, lr=2e-2,
         lr_schedule="cosine", progress=False,
     )  # fmt: skip
-    reached = float(model.log_evidence(x).mean())
+    reached = float(model.log_evidence(x).mean().detach())
     expected = float(reference.score(x.numpy()))
     assert abs(reached - expected) < 1e-3
     assert abs(run.history[-1]["bound"] - expected) < 3e-3  # the guide is exact in the limit
 
 
 def test_mixture_with_enumeration_reaches_em_from_the_same_start():
+    from sklearn.cluster import KMeans
     from sklearn.datasets import load_digits
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture as Reference
 
     x = PCA(4, random_state=0).fit_transform(load_digits().data)[:600]
     x = x / x.std(0)
-    means = x[np.random.default_rng(0).choice(len(x), 5, replace=False)]
+    start = KMeans(3, n_init=1, random_state=0).fit(x).cluster_centers_
     reference = Reference(
-        5, covariance_type="diag", means_init=means, weights_init=np.full(5, 0.2),
-        precisions_init=np.ones((5, 4)), tol=1e-9, max_iter=5000, reg_covar=0,
+        3, covariance_type="diag", means_init=start, weights_init=np.full(3, 1 / 3),
+        precisions_init=np.ones((3, 4)), tol=1e-9, max_iter=5000, reg_covar=0,
     ).fit(x)  # fmt: skip
-    model = GaussianMixture(4, num_components=5).double()
+    model = GaussianMixture(4, num_components=3).double()
     with torch.no_grad():
-        model.loc.copy_(torch.tensor(means))
+        model.loc.copy_(torch.tensor(start))
     data = torch.tensor(x)
 
     def guide(x: torch.Tensor) -> None:
         """Everything is summed out."""
 
     pvae.fit(
-        model, guide, data, objective=pyro.infer.TraceEnum_ELBO(max_plate_nesting=1), epochs=1200,
-        batch_size=600, lr=2e-2, lr_schedule="cosine", progress=False,
+        model, guide, data, objective=pyro.infer.TraceEnum_ELBO(max_plate_nesting=1), epochs=600,
+        batch_size=600, lr=3e-2, lr_schedule="cosine", progress=False,
     )  # fmt: skip
-    assert abs(float(model.log_evidence(data).mean()) - reference.score(x)) < 1e-2
+    reached = float(model.log_evidence(data).mean().detach())
+    assert abs(reached - reference.score(x)) < 1e-2
 
 
 def test_exact_guide_makes_the_elbo_the_evidence():
@@ -97,7 +99,7 @@ def test_exact_guide_makes_the_elbo_the_evidence():
     model = FactorAnalysis(6, z_dim=2).double()
     run = pvae.fit(model, Exact(model), x, valid=x, epochs=3, lr=1e-2, progress=False)
     assert run.history[-1]["valid_bound"] == pytest.approx(
-        float(model.log_evidence(x).mean()), abs=1e-9
+        float(model.log_evidence(x).mean().detach()), abs=1e-9
     )
 
 
@@ -106,7 +108,7 @@ def test_history_counts_a_partial_batch_by_its_rows():
     x = small_data(33).double()
     torch.manual_seed(0)
     model = FactorAnalysis(6, z_dim=2).double()
-    expected = float(model.log_evidence(x).mean())
+    expected = float(model.log_evidence(x).mean().detach())
     run = pvae.fit(
         model, Exact(model), x, epochs=1, batch_size=16, lr=1e-13, optimizer="sgd", progress=False
     )
@@ -156,7 +158,7 @@ def test_optimizer_instance_schedule_and_clipping():
     assert rates[-1] < 0.1
     model_again, _ = small_pair()
     moved = [
-        float((a - b).abs().max())
+        float((a - b).detach().abs().max())
         for a, b in zip(model.parameters(), model_again.parameters(), strict=True)
     ]
     assert max(moved) < 1e-7  # clipped to almost nothing

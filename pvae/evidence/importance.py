@@ -145,13 +145,15 @@ def importance(
             pieces.append(_reduce(_weights(model, guide, rows, num_particles, max_pairs, layout)))
             if progress is not None:
                 progress(min(start + block, total), total)
-    columns = [torch.cat(column).cpu() for column in zip(*pieces, strict=True)]
-    return Evidence(*columns, num_particles=num_particles)
+    log_evidence, stderr, ess, pareto_k, elbo = (
+        torch.cat(column).cpu() for column in zip(*pieces, strict=True)
+    )
+    return Evidence(log_evidence, stderr, ess, pareto_k, elbo, num_particles)
 
 
 @contextlib.contextmanager
 def evaluation(model: Any, guide: Any, *, seed: int, device: torch.device) -> Iterator[None]:
-    """No gradients, modules in evaluation mode, Pyro's checks off, and a random stream of its own."""
+    """No gradients, evaluation mode, Pyro's checks off, and a random stream of its own."""
     import pyro
 
     modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
@@ -184,8 +186,8 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
 def _refuse_shared(layout: Layout) -> None:
     if layout.globals:
         raise ProgramError(
-            f"site {layout.globals[0]!r} is shared by all data, so there is no evidence of one datum: "
-            "move it inside the data plate, or condition on it"
+            f"site {layout.globals[0]!r} is shared by all data, so there is no evidence of one "
+            "datum: move it inside the data plate, or condition on it"
         )
 
 
