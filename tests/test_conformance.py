@@ -1,4 +1,4 @@
-"""Every model in models/ with every guide in guides/ that fits it: a new file is under test at once."""
+"""Every model in models/ with every guide in guides/ that fits: a new file is tested at once."""
 
 from __future__ import annotations
 

@@ -99,7 +99,16 @@ def test_imports_point_downward():
 
 
 def test_wheel_holds_pvae_alone(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        tmp_path,
+        ROOT,
+    ]
     subprocess.run([str(c) for c in command], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith("pvae_toolkit-")

@@ -46,7 +46,7 @@ def principal_digits() -> torch.Tensor:
 
 
 def test_linear_gaussian_vae_reaches_the_maximum_likelihood_of_factor_analysis():
-    """RELIABILITY C13: within 1e-3 nat per datum of scikit-learn, on digits' 10 first directions."""
+    """RELIABILITY C13: within 1e-3 nat per datum of scikit-learn, on 10 directions of digits."""
     from sklearn.decomposition import FactorAnalysis as Reference
 
     x = principal_digits()
@@ -138,7 +138,8 @@ def test_the_callers_random_stream_is_untouched():
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adam", "adamw", "sgd", "rmsprop", "adagrad", "adamax", "nadam", torch.optim.RAdam]
+    "optimizer",
+    ["adam", "adamw", "sgd", "rmsprop", "adagrad", "adamax", "nadam", torch.optim.RAdam],
 )
 def test_optimizers_by_name_and_class(optimizer):
     model, guide = small_pair()
@@ -223,8 +224,10 @@ def test_preprocess_draws_anew_each_epoch():
 
 def test_metrics_file_has_one_strict_json_line_per_epoch(tmp_path):
     model, guide = small_pair()
-    run = pvae.fit(model, guide, small_data(), valid=small_data(9), epochs=3, run_dir=tmp_path / "r",
-                   progress=False)  # fmt: skip
+    run = pvae.fit(
+        model, guide, small_data(), valid=small_data(9), epochs=3, run_dir=tmp_path / "r",
+        progress=False,
+    )  # fmt: skip
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == run.history
     for name in ("bound", "elbo", "reconstruction", "kl", "valid_bound", "lr", "beta", "seconds"):
@@ -451,6 +454,8 @@ def test_memory_stays_flat():
             counts.append(0)
         return x
 
-    pvae.fit(model, guide, small_data(40), preprocess=watch, batch_size=4, epochs=40, progress=False)
+    pvae.fit(
+        model, guide, small_data(40), preprocess=watch, batch_size=4, epochs=40, progress=False
+    )
     measured = [c for c in counts if c]
     assert measured[1] <= measured[0] + 10
