@@ -80,6 +80,6 @@ def cubo(n: float) -> RenyiBound:
     Raises:
         OptionError: ``n`` is not larger than one.
     """
-    if not n > 1:
-        raise OptionError(f"cubo is an upper bound for n > 1 only, got n={n}: give 2, say")
+    if not 1 < n < math.inf:
+        raise OptionError(f"cubo is an upper bound for finite n > 1 only, got n={n}: give 2, say")
     return RenyiBound(1.0 - n)

@@ -196,7 +196,7 @@ class DoublyReparameterized:
         weights = bound.weights((terms.log_joint - beta * terms.log_q).detach())
         coefficient = 1 - beta * (1 - bound.alpha) * (1 - weights)
         if gate is not None:
-            gate.coefficient = coefficient
+            gate.open(coefficient)
         value: Tensor = (weights * (terms.log_joint - beta * coefficient * _held(terms))).sum(0)
         return value
 

@@ -46,7 +46,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     Below 0.7 the importance-sampling estimate and its standard error can be trusted; the larger,
     the heavier the tail (Vehtari et al. 2024). Weights that are constant over K (an exact
-    posterior as guide) have no tail: ``-inf``. Fewer than 5 tail weights (K < 25): ``+inf``.
+    posterior as guide) have no tail: ``-inf``. Fewer than 5 tail weights (K <= 20): ``+inf``.
     """
     return psis(log_weights)[1]
 

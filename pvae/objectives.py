@@ -5,6 +5,7 @@ An :class:`Objective` is never a model: beta-VAE, IWAE, DReG and annealing are o
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.params import param_with_module_name
+from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
 from pvae.bounds import RenyiBound, elbo, iw_elbo
@@ -146,6 +149,11 @@ class Objective:
                 f"site {layout.globals[0]!r} is shared by all data, and {self.bound!r} does not "
                 "add up over data: use bound=elbo, or move the site inside the data plate"
             )
+        for name in self.gradient.score_sites(layout) & set(layout.globals):
+            raise ObjectiveError(
+                f"site {name!r} is shared by all data, and {self.gradient!r} rewards each datum on "
+                "its own: use gradient=pathwise, or mixed where only local sites are discrete"
+            )
         module = module_of(guide)
         if self.needs_score and len(layout.event_dims) > 1 and module is not None:
             for name, part in module.named_modules():
@@ -217,9 +225,13 @@ class Objective:
         return {n: term - log_p[n] if n in log_p else term for n, term in log_q.items()}
 
     def _quoted(self, particles: Particles, beta: Any) -> Tensor:
-        kl = sum_terms(_scaled(particles, "q", self._site_kl(particles, particles.log_q)))
-        likelihood = {n: particles.log_p[n] for n in particles.observed}
-        value: Tensor = self.bound(sum_terms(_scaled(particles, "p", likelihood)) - beta * kl)
+        if particles.kl is not None:
+            kl = sum_terms(_scaled(particles, "q", particles.kl))
+        else:
+            prior = sum_terms(_scaled(particles, "p", particles.prior))
+            kl = sum_terms(_scaled(particles, "q", particles.log_q)) - prior
+        likelihood = sum_terms(_scaled(particles, "p", particles.likelihood))
+        value: Tensor = self.bound(likelihood - beta * kl)
         return value
 
     def _surrogate(self, particles: Particles, layout: Layout, beta: Any) -> Tensor:
@@ -228,15 +240,14 @@ class Objective:
         if particles.kl is not None or self.free_bits:
             kl = _scaled(particles, "q", self._site_kl(particles, held or particles.log_q))
             return self._elbo(particles, kl, beta)
-        log_p = _scaled(particles, "p", particles.log_p)
-        likelihood = sum_terms({n: log_p[n] for n in particles.observed})
-        prior = sum_terms({n: t for n, t in log_p.items() if n not in particles.observed})
+        likelihood = sum_terms(_scaled(particles, "p", particles.likelihood))
+        prior = sum_terms(_scaled(particles, "p", particles.prior))
         score_sites = self.gradient.score_sites(layout)
         terms = Terms(
             log_joint=likelihood + beta * prior,
             log_q=sum_terms(log_q),
             held=None if held is None else sum_terms(_scaled(particles, "q", held)),
-            score=sum_terms({n: t for n, t in log_q.items() if n in score_sites}),
+            score=sum_terms({n: t for n, t in particles.log_q.items() if n in score_sites}),
         )
         return self.gradient.surrogate(self.bound, terms, beta, particles.gate)
 
@@ -248,8 +259,7 @@ class Objective:
         return {n: t - (score[n] - score[n].detach()) for n, t in particles.log_q.items()}
 
     def _elbo(self, particles: Particles, kl: dict[str, Tensor], beta: Any) -> Tensor:
-        likelihood = {n: particles.log_p[n] for n in particles.observed}
-        reconstruction = sum_terms(_scaled(particles, "p", likelihood)).mean(0)
+        reconstruction = sum_terms(_scaled(particles, "p", particles.likelihood)).mean(0)
         if not self.free_bits:
             total = sum_terms(kl).mean(0)
         else:
@@ -262,10 +272,12 @@ class Objective:
         if not particles.global_log_p and not particles.global_log_q:
             return 0.0
         total: Any = 0.0
+        scale = particles.global_scale
         for name, term in particles.global_log_p.items():
-            total = total + (term if name in particles.observed else beta * term)
-        for term in particles.global_log_q.values():
-            total = total - beta * term
+            weight = scale["p", name] * (1.0 if name in particles.observed else beta)
+            total = total + weight * term
+        for name, term in particles.global_log_q.items():
+            total = total - scale["q", name] * beta * term
         rows = particles.shape[1] * particles.plate_scale
         return total.mean() / (num_data if num_data is not None else rows)
 
@@ -275,12 +287,15 @@ class Objective:
         ``-sum_b scale_b * bound_b``, as Pyro's own ELBOs count it. Plain modules are registered
         with Pyro's parameter store on the way, since SVI trains what is there.
         """
-        batch: Any = kwargs if kwargs else (args[0] if len(args) == 1 else args)
-        state = self._state(model, guide, batch)
-        for program in (model, guide):
+        pair, batch = (model, guide), args if args else kwargs
+        if args and kwargs:
+            model, guide = (functools.partial(program, **kwargs) for program in pair)
+        state = self._state(pair, model, guide, batch)
+        for program in pair:
             module = module_of(program)
-            if module is not None and not isinstance(program, pyro.nn.PyroModule):
-                pyro.module(_store_name(module), module)
+            registers_itself = isinstance(module, pyro.nn.PyroModule) and unwrap(program) is module
+            if module is not None and not registers_itself:
+                _register(module)
         loss = self.evaluate(
             model, guide, batch, layout=state["layout"], beta=self.schedule(state["step"])
         )
@@ -290,12 +305,11 @@ class Objective:
         rows = particles.shape[1] if particles is not None else loss.bound.shape[0]
         return loss.loss * rows * (particles.plate_scale if particles is not None else 1.0)
 
-    def _state(self, model: Any, guide: Any, batch: Any) -> dict[str, Any]:
-        if (model, guide) not in self._seen:
+    def _state(self, pair: Any, model: Any, guide: Any, batch: Any) -> dict[str, Any]:
+        if pair not in self._seen:
             layout = self.prepare(model, guide, batch)
-            self._seen.clear()
-            self._seen[model, guide] = {"layout": layout, "step": 0}
-        state: dict[str, Any] = self._seen[model, guide]
+            self._seen[pair] = {"layout": layout, "step": 0}
+        state: dict[str, Any] = self._seen[pair]
         return state
 
 
@@ -308,6 +322,13 @@ def _store_name(module: torch.nn.Module) -> str:
     if module not in _STORE_NAMES:
         _STORE_NAMES[module] = f"pvae.{type(module).__name__}.{next(_STORE_COUNT)}"
     return _STORE_NAMES[module]
+
+
+def _register(module: torch.nn.Module) -> None:
+    """What ``pyro.module`` does, without its warning about parameters that are frozen."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            pyro.param(param_with_module_name(_store_name(module), name), parameter)
 
 
 def _relative(scale: Any, plate_scale: float) -> Any:
@@ -355,7 +376,11 @@ class PyroObjective:
         """Pyro's differentiable loss over the number of rows, as the mean per datum."""
         args, kwargs = arguments(batch)
         rows = leading_size(batch)
-        loss = self.elbo.differentiable_loss(model, guide, *args, **kwargs) / rows
+        if torch.is_grad_enabled():
+            total = self.elbo.differentiable_loss(model, guide, *args, **kwargs)
+        else:  # differentiable_loss of TraceEnum_ELBO refuses what has no gradient
+            total = torch.as_tensor(self.elbo.loss(model, guide, *args, **kwargs))
+        loss = total / rows
         bound = -loss.detach().expand(rows)
         unknown = torch.full_like(bound, float("nan"))
         return Loss(loss=loss, bound=bound, elbo=bound, reconstruction=unknown, kl=unknown)

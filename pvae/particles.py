@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, unwrap
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class Particles:
             ``log_q - log_p``. Only with ``draw(analytic_kl=True)``.
         global_log_p: Model sites outside the data plate -> ``(K,)``.
         global_log_q: Guide sites outside the data plate -> ``(K,)``.
+        global_scale: Terms outside the data plate that have a factor -> that factor.
         scale: Common factor of all terms, from plates (N/B) and ``poutine.scale``.
         plate_scale: The part of ``scale`` that is due to a subsampled data plate.
         relative_scale: Terms whose factor differs from the common one -> that ratio.
@@ -68,6 +70,7 @@ class Particles:
     kl: dict[str, Tensor] | None = None
     global_log_p: dict[str, Tensor] = field(default_factory=dict)
     global_log_q: dict[str, Tensor] = field(default_factory=dict)
+    global_scale: dict[tuple[str, str], Scale] = field(default_factory=dict)
     scale: Scale = 1.0
     plate_scale: float = 1.0
     relative_scale: dict[tuple[str, str], Scale] = field(default_factory=dict)
@@ -79,14 +82,24 @@ class Particles:
         return sum_terms(self.log_p) - sum_terms(self.log_q)
 
     @property
+    def likelihood(self) -> dict[str, Tensor]:
+        """Observed site inside the data plate -> log density ``(K, B)``, unscaled."""
+        return {n: v for n, v in self.log_p.items() if n in self.observed}
+
+    @property
+    def prior(self) -> dict[str, Tensor]:
+        """Latent site inside the data plate -> log density under the model ``(K, B)``, unscaled."""
+        return {n: v for n, v in self.log_p.items() if n not in self.observed}
+
+    @property
     def log_likelihood(self) -> Tensor:
         """``log p(x | z)``, summed over the observed sites, ``(K, B)``, nats."""
-        return sum_terms({name: self.log_p[name] for name in self.observed})
+        return sum_terms(self.likelihood)
 
     @property
     def log_prior(self) -> Tensor:
         """``log p(z)``, summed over the latent sites, ``(K, B)``, nats."""
-        return sum_terms({n: v for n, v in self.log_p.items() if n not in self.observed})
+        return sum_terms(self.prior)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,6 +168,18 @@ class Gate:
 
     def __init__(self) -> None:
         self.coefficient: Tensor | None = None
+        self._parts: list[Gate] = []
+
+    def part(self) -> Gate:
+        """A gate of the next particle's own, where particles are run one by one."""
+        self._parts.append(Gate())
+        return self._parts[-1]
+
+    def open(self, coefficient: Tensor) -> None:
+        """Set the coefficient ``(K, B)``, before the backward pass."""
+        self.coefficient = coefficient
+        for index, part in enumerate(self._parts):
+            part.coefficient = coefficient[index : index + 1]
 
     def __call__(self, value: Tensor, layout: Layout, event_dim: int) -> Tensor:
         """Pass draws ``(K, B, ...)`` of a site with ``event_dim`` event dimensions through."""
@@ -171,7 +196,8 @@ class Gate:
         num_particles, num_data = self.coefficient.shape
         shape = [1] * -layout.particle_dim
         shape[0], shape[layout.data_dim] = num_particles, num_data
-        return grad * self.coefficient.reshape(shape + [1] * event_dim)
+        factor = self.coefficient.reshape(shape + [1] * event_dim)
+        return grad * factor.reshape(factor.shape[factor.dim() - grad.dim() :])
 
 
 def draw(
@@ -221,10 +247,10 @@ def draw(
     if not layout.vectorize and num_particles > 1:
         parts = [
             draw(model, guide, batch, 1, score=score, detach=detach, analytic_kl=analytic_kl,
-                 layout=layout)
+                 gate=None if gate is None else gate.part(), layout=layout)
             for _ in range(num_particles)
         ]  # fmt: skip
-        return _stack(parts)
+        return dataclasses.replace(_stack(parts), gate=gate)
     guide_trace = _run_guide(guide, batch, num_particles, layout, detach=detach)
     values = _site_values(guide_trace)
     replayed = values
@@ -290,7 +316,14 @@ def parameters(model: Program, guide: Program, batch: Batch) -> dict[str, nn.Par
 
 
 def module_of(program: Program) -> nn.Module | None:
-    """The module that a program is, or is a method of; ``None`` for a plain function."""
+    """The module that a program is, or is a method of; ``None`` for a plain function.
+
+    Pyro's handlers (``poutine.scale(model, scale=0.1)``) and ``functools.partial`` are looked
+    through.
+    """
+    program = unwrap(program)
+    while isinstance(program, functools.partial):
+        program = program.func
     owner = getattr(program, "__self__", program)
     return owner if isinstance(owner, nn.Module) else None
 
@@ -330,7 +363,7 @@ def inspect(
         substituted = _Substitute(_site_values(guide_trace))(model)
         model_trace = _attempt("model", poutine.trace(substituted), args, kwargs)
         layout = _find_layout(model_trace, guide_trace, batch, data_plate, vectorize=vectorize)
-        _check_supports(model_trace, batch)
+        _check_supports(model_trace)
         _check_vectorized(model, guide, batch, layout)
     return layout
 
@@ -338,9 +371,7 @@ def inspect(
 @contextlib.contextmanager
 def _quiet(batch: Batch) -> Iterator[None]:
     """No gradients and no trace left in the random streams or in an outer handler."""
-    args, kwargs = arguments(batch)
-    tensors = [t for t in [*args, *kwargs.values()] if isinstance(t, Tensor)]
-    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
+    devices = sorted({t.device.index or 0 for t in _tensors(batch) if t.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad(), poutine.block():
         yield
 
@@ -365,7 +396,9 @@ def _attempt_prior(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _is_random(node: Any) -> bool:
-    return node["type"] == "sample" and not isinstance(node["fn"], _Subsample)
+    if node["type"] != "sample" or node["infer"].get("_deterministic"):
+        return False
+    return not isinstance(node["fn"], _Subsample)
 
 
 def _sites(trace: Any) -> dict[str, Any]:
@@ -504,11 +537,20 @@ def _find_data_dim(model_trace: Any, batch: Batch, data_plate: str | None) -> in
     return int(next(iter(found)))
 
 
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from _tensors(list(batch.values()))
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from _tensors(value)
+
+
 def leading_size(batch: Batch) -> int:
     """Rows of the first tensor in a batch."""
-    args, kwargs = arguments(batch)
-    for value in [*args, *kwargs.values()]:
-        if isinstance(value, Tensor) and value.dim() > 0:
+    for value in _tensors(batch):
+        if value.dim() > 0:
             return value.shape[0]
     raise ProgramError("a batch must hold at least one tensor with a row for each datum")
 
@@ -517,17 +559,23 @@ def _supports(observed: Mapping[str, Any], batch: Batch) -> dict[str, tuple[Any,
     args, kwargs = arguments(batch)
     entries = [*enumerate(args), *kwargs.items()]
     return {
-        name: (key, node["fn"].support)
+        name: (key, support)
         for name, node in observed.items()
         for key, value in entries
-        if node["value"] is value
+        if node["value"] is value and (support := _checkable_support(node)) is not None
     }
 
 
-def _check_supports(model_trace: Any, batch: Batch) -> None:
+def _checkable_support(node: Any) -> Any:
+    """A site's support; ``None`` where some of its data are masked out, or none is declared."""
+    return None if _masks(node) else _support(node["fn"])
+
+
+def _check_supports(model_trace: Any) -> None:
     for name, node in _sites(model_trace).items():
-        if node["is_observed"] and node["mask"] is None:
-            check_support(name, node["fn"].support, node["value"], _base(node["fn"]))
+        support = _checkable_support(node) if node["is_observed"] else None
+        if support is not None:
+            check_support(name, support, torch.as_tensor(node["value"]), _base(node["fn"]))
 
 
 def check_support(name: str, support: Any, value: Tensor, family: Any = None) -> None:
@@ -541,9 +589,7 @@ def check_support(name: str, support: Any, value: Tensor, family: Any = None) ->
         return
     row = int((~inside).nonzero()[0][0])
     cells = value[row].reshape(-1)
-    unit = support
-    while hasattr(unit, "base_constraint"):
-        unit = unit.base_constraint
+    unit = _unit(support)
     outside = cells[~unit.check(cells).reshape(-1)] if cells.numel() else cells
     worst = f"{float(outside[0]):g}" if outside.numel() else "a value outside it"
     likelihood = f"the {type(family).__name__} likelihood of " if family is not None else ""
@@ -553,6 +599,13 @@ def check_support(name: str, support: Any, value: Tensor, family: Any = None) ->
         f"{likelihood}site {name!r} takes values in {str(unit).rstrip('()')}, row {row} of the "
         f"data has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
     )
+
+
+def _unit(support: Any) -> Any:
+    """A constraint on single numbers, from within ``independent``."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
 
 
 def _check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layout) -> None:
@@ -634,7 +687,7 @@ def _gated(gate: Gate, name: str, value: Any, layout: Layout) -> Any:
 
 def _log_prob(node: Any, value: Tensor | None = None) -> Tensor:
     """Unscaled log density of a site, zero where it is masked out."""
-    value = node["value"] if value is None else value
+    value = _filled(node) if value is None else value
     log_prob: Tensor = node["fn"].log_prob(value, *node["args"], **node["kwargs"])
     mask = node["mask"]
     if mask is None or mask is True:
@@ -642,6 +695,50 @@ def _log_prob(node: Any, value: Tensor | None = None) -> Tensor:
     if mask is False:
         return torch.zeros_like(log_prob)
     return torch.where(mask, log_prob, log_prob.new_zeros(()))
+
+
+def _support(distribution: Any) -> Any:
+    try:
+        return distribution.support
+    except NotImplementedError:  # a user's own distribution need not declare one
+        return None
+
+
+def _masks(node: Any) -> list[tuple[Any, int]]:
+    """Masks on a site, by ``poutine.mask`` or ``dist.mask``: each with its event dimensions."""
+    distribution = node["fn"]
+    masks = [(node["mask"], distribution.event_dim)]
+    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
+        masks.append((getattr(distribution, "_mask", None), distribution.event_dim))
+        distribution = distribution.base_dist
+    return [(mask, event_dim) for mask, event_dim in masks if mask is not None]
+
+
+def _filled(node: Any) -> Any:
+    """A site's value; data that are masked out give way to a value inside the support.
+
+    A NaN there would survive the mask in the gradient, zero times NaN being NaN.
+    """
+    value = node["value"]
+    if not node["is_observed"]:
+        return value
+    for mask, event_dim in _masks(node):
+        if isinstance(mask, Tensor):
+            inside = _inside(_support(node["fn"]), value)
+            value = torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, inside)
+    return value
+
+
+def _inside(support: Any, value: Tensor) -> Tensor:
+    """Values inside a support, of the shape of ``value``; ``value`` itself where none is known."""
+    unit = _unit(support)
+    if getattr(unit, "is_discrete", False):
+        return torch.zeros_like(value) + getattr(unit, "lower_bound", 0)
+    try:
+        inside: Tensor = torch.distributions.transform_to(support)(torch.zeros_like(value))
+    except (NotImplementedError, AttributeError):
+        return value
+    return inside
 
 
 def _num_data(trace: Any, layout: Layout, batch: Batch) -> int:
@@ -691,7 +788,9 @@ def _weigh(
     model_sites, guide_sites = _sites(model_trace), _sites(guide_trace)
     log_p = _terms(model_sites, layout, num_particles, num_data)
     log_q = _terms(guide_sites, layout, num_particles, num_data)
-    scale, plate_scale, relative = _scales(model_sites, guide_sites, layout)
+    local = {("p", n) for n, t in log_p.items() if t.dim() == 2}
+    local |= {("q", n) for n, t in log_q.items() if t.dim() == 2}
+    scale, plate_scale, relative, shared = _scales(model_sites, guide_sites, layout, local)
     return Particles(
         values={n: node["value"] for n, node in _latents(guide_trace).items()},
         log_p={n: t for n, t in log_p.items() if t.dim() == 2},
@@ -699,6 +798,7 @@ def _weigh(
         observed=tuple(n for n, node in model_sites.items() if node["is_observed"]),
         global_log_p={n: t for n, t in log_p.items() if t.dim() == 1},
         global_log_q={n: t for n, t in log_q.items() if t.dim() == 1},
+        global_scale=shared,
         scale=scale,
         plate_scale=plate_scale,
         relative_scale=relative,
@@ -706,29 +806,42 @@ def _weigh(
 
 
 def _scales(
-    model_sites: Mapping[str, Any], guide_sites: Mapping[str, Any], layout: Layout
-) -> tuple[Scale, float, dict[tuple[str, str], Scale]]:
-    """The first observed site's factor as the common one; who differs from it, and by what."""
-    reference = model_sites[layout.observed[0]]
+    model_sites: Mapping[str, Any],
+    guide_sites: Mapping[str, Any],
+    layout: Layout,
+    local: set[tuple[str, str]],
+) -> tuple[Scale, float, dict[tuple[str, str], Scale], dict[tuple[str, str], Scale]]:
+    """The first observed site's factor as the common one; who differs from it, and by what.
+
+    Sites outside the data plate (not in ``local``) come last, with their whole factor.
+    """
+    reference = next(model_sites[n] for n in layout.observed if ("p", n) in local)
     common = reference["scale"]
     plate_scale = 1.0
     for frame in _frames(reference):
         if frame.dim == layout.data_dim and frame.full_size is not None:
             plate_scale = frame.full_size / frame.size
-    relative = {}
+    relative: dict[tuple[str, str], Scale] = {}
+    shared: dict[tuple[str, str], Scale] = {}
     for role, sites in (("p", model_sites), ("q", guide_sites)):
         for name, node in sites.items():
-            if name in layout.globals or _same(node["scale"], common):
+            if (role, name) not in local:
+                shared[role, name] = node["scale"]
                 continue
-            if role == "q" and not _frames(node) and node["scale"] == 1.0:
+            if _same(node["scale"], common):
+                continue
+            plated = any(frame.dim != layout.particle_dim for frame in _frames(node))
+            if role == "q" and not plated and _same(node["scale"], 1.0):
                 continue  # a guide without plates follows the model
             relative[role, name] = node["scale"] / common
-    return common, plate_scale, relative
+    return common, plate_scale, relative, shared
 
 
 def _same(a: Scale, b: Scale) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or torch.equal(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b
+        return False
     return abs(float(a) - float(b)) <= 1e-9 * abs(float(b))
 
 
@@ -773,7 +886,8 @@ def _closed_form_kl(
         if isinstance(mask, Tensor):
             term = torch.where(mask, term, term.new_zeros(()))
         kl[name] = _reduce(term, layout, num_particles, num_data)
-    return kl
+    auxiliary = {n: t for n, t in particles.log_q.items() if n not in kl}
+    return {**kl, **auxiliary}
 
 
 def _stack(parts: list[Particles]) -> Particles:
