@@ -120,6 +120,7 @@ class Layout:
     Attributes:
         particle_dim: Batch dimension of the particle plate, left of every other.
         data_dim: Batch dimension of the data plate, usually -1.
+        data_plates: Its names; a global site may have a plate of its own at the same dimension.
         latents: Latent sites inside the data plate, in the model's order.
         globals: Latent sites outside it.
         observed: Observed sites.
@@ -133,6 +134,7 @@ class Layout:
 
     particle_dim: int
     data_dim: int
+    data_plates: frozenset[str]
     latents: tuple[str, ...]
     globals: tuple[str, ...]
     observed: tuple[str, ...]
@@ -153,6 +155,22 @@ class _Substitute(Messenger):  # type: ignore[misc]
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class _SameRows(Messenger):  # type: ignore[misc]
+    """Subsampled plates pick their rows once, however often the programs are run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample) and msg["name"] in self.rows:
+            msg["value"], msg["done"] = self.rows[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            self.rows[msg["name"]] = msg["value"]
 
 
 class _Detach(Messenger):  # type: ignore[misc]
@@ -244,13 +262,31 @@ def draw(
         raise ProgramError(f"num_particles must be at least 1, got {num_particles}")
     if layout is None:
         layout = inspect(model, guide, batch, data_plate=data_plate, vectorize=vectorize)
-    if not layout.vectorize and num_particles > 1:
+    one_pass = functools.partial(
+        _draw, model, guide, batch, layout, score=score, detach=detach, analytic_kl=analytic_kl
+    )
+    if layout.vectorize:
+        return one_pass(num_particles, gate=gate)
+    with _SameRows():
         parts = [
-            draw(model, guide, batch, 1, score=score, detach=detach, analytic_kl=analytic_kl,
-                 gate=None if gate is None else gate.part(), layout=layout)
-            for _ in range(num_particles)
-        ]  # fmt: skip
-        return dataclasses.replace(_stack(parts), gate=gate)
+            one_pass(1, gate=None if gate is None else gate.part()) for _ in range(num_particles)
+        ]
+    return dataclasses.replace(_stack(parts), gate=gate)
+
+
+def _draw(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    layout: Layout,
+    num_particles: int,
+    *,
+    score: bool,
+    detach: bool,
+    analytic_kl: bool,
+    gate: Gate | None,
+) -> Particles:
+    """One pass through both programs; without a particle dimension if not ``layout.vectorize``."""
     guide_trace = _run_guide(guide, batch, num_particles, layout, detach=detach)
     values = _site_values(guide_trace)
     replayed = values
@@ -474,7 +510,7 @@ def _frames(node: Any) -> list[Any]:
 def _find_layout(
     model_trace: Any, guide_trace: Any, batch: Batch, data_plate: str | None, *, vectorize: bool
 ) -> Layout:
-    data_dim = _find_data_dim(model_trace, batch, data_plate)
+    data_dim, data_plates = _find_data_plates(model_trace, batch, data_plate)
     nodes = [*_sites(model_trace).values(), *_sites(guide_trace).values()]
     depth = max(
         [-data_dim]
@@ -482,7 +518,7 @@ def _find_layout(
         + [len(node["fn"].batch_shape) for node in nodes]
     )
     latents = _latents(model_trace)
-    local = [n for n, node in latents.items() if any(f.dim == data_dim for f in _frames(node))]
+    local = [n for n, node in latents.items() if any(f.name in data_plates for f in _frames(node))]
     drawn = [n for n in _latents(guide_trace) if n in latents]
     score_sites = {
         n: type(_base(node["fn"])).__name__
@@ -493,6 +529,7 @@ def _find_layout(
     return Layout(
         particle_dim=-1 - depth,
         data_dim=data_dim,
+        data_plates=data_plates,
         latents=tuple(local),
         globals=tuple(n for n in latents if n not in local),
         observed=tuple(observed),
@@ -510,7 +547,10 @@ def _base(distribution: Any) -> Any:
     return distribution
 
 
-def _find_data_dim(model_trace: Any, batch: Batch, data_plate: str | None) -> int:
+def _find_data_plates(
+    model_trace: Any, batch: Batch, data_plate: str | None
+) -> tuple[int, frozenset[str]]:
+    """The data plate's dimension, and the names it goes by there."""
     rows = leading_size(batch)
     observed = {n: node for n, node in _sites(model_trace).items() if node["is_observed"]}
     frames = [frame for node in observed.values() for frame in _frames(node)]
@@ -534,7 +574,8 @@ def _find_data_dim(model_trace: Any, batch: Batch, data_plate: str | None) -> in
             f"the model has two data plates, {either}, each as long as the batch: call one of them "
             '"data" or pass data_plate='
         )
-    return int(next(iter(found)))
+    data_dim = int(next(iter(found)))
+    return data_dim, frozenset(frame.name for frame in frames if frame.dim == data_dim)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -627,6 +668,8 @@ def _check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layo
 
 def _check_terms(role: str, trace: Any, layout: Layout, num_particles: int, rows: int) -> None:
     for name, node in _sites(trace).items():
+        if name in layout.globals:
+            continue
         shape = tuple(_log_prob(node).shape)
         excess = len(shape) + layout.particle_dim
         at_data = shape[layout.data_dim] if len(shape) >= -layout.data_dim else 1
@@ -743,9 +786,9 @@ def _inside(support: Any, value: Tensor) -> Tensor:
 
 def _num_data(trace: Any, layout: Layout, batch: Batch) -> int:
     """B: the size of the data plate, which a subsampled plate makes smaller than the batch."""
-    for node in _sites(trace).values():
+    for name, node in _sites(trace).items():
         for frame in _frames(node):
-            if frame.dim == layout.data_dim:
+            if frame.dim == layout.data_dim and name not in layout.globals:
                 return int(frame.size)
     return leading_size(batch)
 
@@ -759,26 +802,36 @@ def _reduce(log_prob: Tensor, layout: Layout, num_particles: int, num_data: int)
     return summed.expand(num_particles, num_data)
 
 
-def _is_local(node: Any, log_prob: Tensor, layout: Layout, num_data: int) -> bool:
+def _is_local(name: str, node: Any, log_prob: Tensor, layout: Layout, num_data: int) -> bool:
+    if name in layout.globals:
+        return False
     if any(frame.dim == layout.data_dim for frame in _frames(node)):
         return True
     return log_prob.dim() >= -layout.data_dim and log_prob.shape[layout.data_dim] == num_data > 1
 
 
 def _term(
-    node: Any, layout: Layout, num_particles: int, num_data: int, value: Tensor | None = None
+    name: str,
+    node: Any,
+    layout: Layout,
+    num_particles: int,
+    num_data: int,
+    value: Tensor | None = None,
 ) -> Tensor:
     """A site's log density: ``(K, B)`` inside the data plate, ``(K,)`` outside."""
     log_prob = _log_prob(node, value)
-    if _is_local(node, log_prob, layout, num_data):
+    if _is_local(name, node, log_prob, layout, num_data):
         return _reduce(log_prob, layout, num_particles, num_data)
-    return _reduce(log_prob, layout, num_particles, 1)[:, 0]
+    at_particles = log_prob.dim() == -layout.particle_dim
+    return (log_prob.flatten(1).sum(1) if at_particles else log_prob.sum()).expand(num_particles)
 
 
 def _terms(
     sites: Mapping[str, Any], layout: Layout, num_particles: int, num_data: int
 ) -> dict[str, Tensor]:
-    return {name: _term(node, layout, num_particles, num_data) for name, node in sites.items()}
+    return {
+        name: _term(name, node, layout, num_particles, num_data) for name, node in sites.items()
+    }
 
 
 def _weigh(
@@ -862,7 +915,7 @@ def _score(
         args, kwargs = arguments(batch)
         program = _Substitute(fixed)(_plated(guide, num_particles, layout))
         sites = _latents(poutine.trace(program).get_trace(*args, **kwargs))
-    return {n: _term(s, layout, num_particles, num_data, fixed[n]) for n, s in sites.items()}
+    return {n: _term(n, s, layout, num_particles, num_data, fixed[n]) for n, s in sites.items()}
 
 
 def _closed_form_kl(

@@ -39,13 +39,6 @@ from pvae.particles import (
 
 B, K = 5, 3
 
-GLOBAL_PLATES = pytest.mark.xfail(
-    strict=True, reason="a global site's own plate at the data plate's dimension is taken for it"
-)
-ONE_BY_ONE = pytest.mark.xfail(
-    strict=True, reason="vectorize=False: K = 1 lacks its dimension, particles pick different rows"
-)
-
 
 @pytest.fixture
 def x():
@@ -569,7 +562,6 @@ def test_global_sites_alone_will_do(x):
     assert ours == pytest.approx(theirs, abs=IDENTITY)
 
 
-@GLOBAL_PLATES
 @pytest.mark.parametrize("rows", [2, B], ids=["as long as the batch", "shorter"])
 def test_global_site_may_have_a_plate_of_its_own(x, rows):
     """Topics and documents of latent Dirichlet allocation share dim -1."""
@@ -753,7 +745,7 @@ def test_one_by_one_equals_all_at_once_in_distribution():
     assert 0.6 < float(ratio.min()) <= float(ratio.max()) < 1.6
 
 
-@pytest.mark.parametrize("num_particles", [pytest.param(1, marks=ONE_BY_ONE), K])
+@pytest.mark.parametrize("num_particles", [1, K])
 def test_one_by_one_has_the_same_shapes(x, num_particles):
     options = {"score": True, "analytic_kl": True}
     one = pvae.draw(shared_model, shared_guide, x, num_particles, vectorize=False, **options)
@@ -764,7 +756,6 @@ def test_one_by_one_has_the_same_shapes(x, num_particles):
     assert one.values["z"].shape == all_.values["z"].shape == (num_particles, B, 2)
 
 
-@ONE_BY_ONE
 def test_one_by_one_picks_the_same_rows_for_every_particle():
     model, data = linear_gaussian(40)
     log_weights = pvae.draw(*picking(model), data, 4, vectorize=False).log_weights.detach()
