@@ -33,6 +33,7 @@ from pvae.particles import (
     inspect,
     leading_size,
     module_of,
+    plate_scale,
     sum_terms,
 )
 from pvae.schedules import Schedule, as_schedule, free_bits
@@ -256,7 +257,10 @@ class Objective:
         if particles.score is None:
             return None
         score = particles.score
-        return {n: t - (score[n] - score[n].detach()) for n, t in particles.log_q.items()}
+        return {
+            n: t - (score[n] - score[n].detach()) if n in score else t
+            for n, t in particles.log_q.items()
+        }
 
     def _elbo(self, particles: Particles, kl: dict[str, Tensor], beta: Any) -> Tensor:
         reconstruction = sum_terms(_scaled(particles, "p", particles.likelihood)).mean(0)
@@ -354,6 +358,7 @@ class PyroObjective:
     elbo: Any
     beta: float = 1.0
     num_particles: int = 1
+    _plate_scale: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def schedule(self) -> Schedule:
@@ -361,7 +366,8 @@ class PyroObjective:
         return as_schedule(1.0)
 
     def prepare(self, model: Any, guide: Any, batch: Any) -> None:
-        """Pyro looks at the pair itself."""
+        """Pyro looks at the pair itself; only the plate's N/B is taken from it here."""
+        self._plate_scale["data"] = plate_scale(model, batch)
 
     def evaluate(
         self,
@@ -373,14 +379,14 @@ class PyroObjective:
         beta: Any = 1.0,
         num_data: int | None = None,
     ) -> Loss:
-        """Pyro's differentiable loss over the number of rows, as the mean per datum."""
+        """Pyro's differentiable loss over the number of data it counts: the mean per datum."""
         args, kwargs = arguments(batch)
         rows = leading_size(batch)
         if torch.is_grad_enabled():
             total = self.elbo.differentiable_loss(model, guide, *args, **kwargs)
         else:  # differentiable_loss of TraceEnum_ELBO refuses what has no gradient
             total = torch.as_tensor(self.elbo.loss(model, guide, *args, **kwargs))
-        loss = total / rows
+        loss = total / (rows * self._plate_scale.get("data", 1.0))
         bound = -loss.detach().expand(rows)
         unknown = torch.full_like(bound, float("nan"))
         return Loss(loss=loss, bound=bound, elbo=bound, reconstruction=unknown, kl=unknown)

@@ -31,6 +31,7 @@ __all__ = [
     "inspect",
     "log_joint",
     "parameters",
+    "plate_scale",
     "sample_guide",
     "sum_terms",
 ]
@@ -362,6 +363,22 @@ def module_of(program: Program) -> nn.Module | None:
         program = program.func
     owner = getattr(program, "__self__", program)
     return owner if isinstance(owner, nn.Module) else None
+
+
+def plate_scale(model: Program, batch: Batch) -> float:
+    """N/B of a model whose data plate is subsampled to B of N data by the caller; one otherwise.
+
+    A plate that picks its rows itself, out of a batch of all N, counts as one.
+    """
+    args, kwargs = arguments(batch)
+    with _quiet(batch):
+        trace = _attempt("model", poutine.trace(model), args, kwargs)
+    rows = leading_size(batch)
+    for node in _sites(trace).values():
+        for frame in _frames(node):
+            if node["is_observed"] and frame.full_size and frame.size == rows:
+                return float(frame.full_size / frame.size)
+    return 1.0
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

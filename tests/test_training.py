@@ -19,6 +19,7 @@ from pvae.guides.gaussian import Gaussian
 from pvae.models.factor_analysis import FactorAnalysis
 from pvae.models.gaussian_mixture import GaussianMixture
 from pvae.models.vae import VAE
+from pvae.objectives import as_objective
 from pvae.schedules import Linear
 
 
@@ -294,6 +295,33 @@ def test_mean_field_elbo_of_pyro_equals_analytic_kl():
         run = pvae.fit(model, guide, small_data(), objective=objective, epochs=2, progress=False)
         rows.append(run.history[-1]["bound"])
     assert rows[0] == pytest.approx(rows[1], abs=1e-4)
+
+
+def test_pyro_elbo_under_a_plate_that_counts_all_data_is_still_a_mean_per_datum():
+    x = small_data(40)
+    base, guide = small_pair()
+
+    def build(size):
+        def model(x: torch.Tensor) -> None:
+            with pyro.plate("data", size or len(x), subsample=x):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
+                pyro.sample("x", base.decode(z), obs=x)
+
+        def posterior(x: torch.Tensor) -> None:
+            with pyro.plate("data", size or len(x), subsample=x):
+                pyro.sample("z", guide.posterior(x)["z"])
+
+        return model, posterior
+
+    bounds = []
+    for size in (None, 40):
+        model, posterior = build(size)
+        objective = pyro.infer.Trace_ELBO()
+        wrapped = as_objective(objective)
+        wrapped.prepare(model, posterior, x[:10])
+        torch.manual_seed(0)
+        bounds.append(float(wrapped.evaluate(model, posterior, x[:10]).bound.mean()))
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-5)
 
 
 def test_store_style_program_trains():
