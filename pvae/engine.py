@@ -269,8 +269,9 @@ class Eager:
 class Staged:
     """The step as one graph of tensor operations, traced once through Pyro's handlers.
 
-    Model, guide, gradients, guard and (for Adam, AdamW, SGD and RMSprop) the update are in the
-    graph; other optimisers step after it. Batches of another size than the first are run eagerly.
+    Model, guide, gradients and guard are in the graph and, where it is compiled, the update of
+    Adam, AdamW, SGD and RMSprop; other optimisers step after it. Batches of another size than the
+    first are run eagerly.
 
     Args:
         problem: What the step is about.
@@ -289,7 +290,9 @@ class Staged:
         self.rows = len(index)
         self.eager = Eager(problem)
         self.tensors = list(problem.parameters.values())
-        self.update = _Update.of(problem.optimizer, self.tensors)
+        # Unless it is compiled, torch's own fused update is quicker than the graph's.
+        self.update = _Update.of(problem.optimizer, self.tensors) if compiled else None
+        self.used: list[Tensor] = []
         self.taken = 0 if self.update is None else self.update.steps_taken()
         self.scalars = torch.ones(4, device=problem.device, dtype=self.tensors[0].dtype)
         data = torch.utils._pytree.tree_leaves(problem.data)
@@ -341,6 +344,8 @@ class Staged:
             gradients = tuple(None if g is None else g * factor for g in gradients)
         found = torch.cat([metrics(loss), norm[None], healthy[None].to(norm.dtype)])
         if self.update is None:
+            pairs = zip(self.tensors, gradients, strict=True)
+            self.used = [tensor for tensor, gradient in pairs if gradient is not None]
             return (found, *[g for g in gradients if g is not None])
         with torch.no_grad():
             self.update(self.tensors, gradients, healthy, self.scalars)
@@ -397,7 +402,7 @@ class Staged:
         return sums
 
     def _step_outside(self, gradients: Sequence[Tensor]) -> None:
-        for tensor, gradient in zip(self.tensors, gradients, strict=True):
+        for tensor, gradient in zip(self.used, gradients, strict=True):
             tensor.grad = gradient
         self.problem.optimizer.step()
 

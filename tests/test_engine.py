@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pvae
+import pvae.engine
 from pvae.engine import Auto, Eager, Problem, Staged, StagingError, build_optimizer, mix
 from pvae.errors import NonFiniteError
 from pvae.gradients import mixed, score_function
@@ -109,17 +110,23 @@ def test_staged_equals_eager_for_every_pair(kind):
         ("adagrad", {}),
     ],
 )
-def test_every_optimizer_moves_alike_in_and_after_the_graph(optimizer, options):
+def test_every_optimizer_moves_alike_in_and_after_the_graph(optimizer, options, monkeypatch):
+    """In the graph, whose compiler is left out here for speed, and after it."""
     given = {"optimizer": optimizer, "optimizer_options": options}
     eager = take_steps(Eager(make_problem(**given)), count=8)
-    staged = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=False), count=8)
-    assert_same(eager, staged, 1e-9)
+    after = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=False), count=8)
+    assert_same(eager, after, 1e-9)
+    monkeypatch.setattr(pvae.engine, "_compile", lambda graph, inputs: graph)
+    inside = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=True), count=8)
+    assert_same(eager, inside, 1e-9)
 
 
-def test_clipping_weights_and_partial_batches():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_clipping_weights_and_partial_batches(compiled, monkeypatch):
+    monkeypatch.setattr(pvae.engine, "_compile", lambda graph, inputs: graph)
     given = {"clip_norm": 0.5, "objective": pvae.iwae(3)}
-    eager, staged = Eager(make_problem(**given)), None
-    staged = Staged(make_problem(**given), torch.arange(10), compiled=False)
+    eager = Eager(make_problem(**given))
+    staged = Staged(make_problem(**given), torch.arange(10), compiled=compiled)
     for step in (eager, staged):
         step(torch.arange(10), 0, 0.3)
         step(torch.arange(7), 1, 0.7)  # another size: taken eagerly, on the same optimiser state

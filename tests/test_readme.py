@@ -1,0 +1,46 @@
+"""The README's own code is run as it stands: its model as a file, its commands, its Python."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import pvae
+from pvae.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_model_of_ones_own_trains_from_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(blocks("python")[0])
+    (commands,) = [b for b in blocks("") if "./mine.py:Mine" in b]
+    train, evaluate = (shlex.split(line)[1:] for line in commands.strip().splitlines())
+    assert main([*train, "--epochs", "1"]) == 0
+    assert main([*evaluate, "--num-particles", "20"]) == 0
+    assert "nats" in capsys.readouterr().out
+
+
+def test_the_python_lines_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pvae, "fit", functools.partial(pvae.fit, epochs=1, progress=False))
+    model, usage = blocks("python")
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(model, "README.md", "exec"), names)
+    exec(compile(usage, "README.md", "exec"), names)
+    assert "nats" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_the_two_commands_are_targets(target):
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert f"make {target} " in README
+    assert f"\n{target}:" in makefile
