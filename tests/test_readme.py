@@ -16,7 +16,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for tag, text in found if tag == language]
 
 
 def test_the_model_of_ones_own_trains_from_its_file(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,631 @@
+"""Run folders: everything a trained pair needs to be used again, in one place.
+
+::
+
+    runs/vae-digits-1/
+        config.yaml        what was run, every option resolved
+        metrics.jsonl      one line per epoch
+        checkpoints/best/  the parameters, with their SHA-256
+        source/            a copy of the user's own model or guide file
+        figures/*.png
+        evidence.nc, evidence.json, figures/evidence.png   from `pvae evaluate`
+
+A configuration is a plain dict. Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvae import catalogue
+from pvae.errors import DataError, OptionError, ProgramError, PvaeError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pvae.data import Dataset, Split
+    from pvae.training import Run
+
+__all__ = [
+    "DEFAULTS",
+    "create",
+    "data_of",
+    "draw_board_figures",
+    "draw_figures",
+    "facts",
+    "generate",
+    "load",
+    "next_folder",
+    "pair",
+    "publish",
+    "read_config",
+    "read_yaml",
+    "save_figure",
+    "statistics",
+    "write_config",
+    "write_json",
+]
+
+Config = dict[str, Any]
+
+DEFAULTS: Mapping[str, Any] = {
+    "model": None,
+    "model_options": {},
+    "guide": "gaussian",
+    "guide_options": {},
+    "objective": "vae",
+    "objective_options": {},
+    "data": "digits",
+    "binarize": None,
+    "transform": None,
+    "epochs": 150,
+    "batch_size": 64,
+    "optimizer": "adam",
+    "lr": 2e-3,
+    "lr_schedule": "cosine",
+    "clip_norm": None,
+    "patience": 20,
+    "seed": 0,
+    "device": "auto",
+    "engine": "auto",
+}
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+def next_folder(name: str, parent: str | Path = "runs") -> Path:
+    """The first of ``runs/<name>-1``, ``runs/<name>-2``, … that does not exist."""
+    number = 1
+    while (Path(parent) / f"{name}-{number}").exists():
+        number += 1
+    return Path(parent) / f"{name}-{number}"
+
+
+@contextlib.contextmanager
+def create(path: str | Path) -> Iterator[Path]:
+    """A new folder, built aside and renamed when the block ends; nothing is left if it fails.
+
+    Args:
+        path: The final place.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        RunError: the place is taken, or cannot be written.
+    """
+    final = Path(path)
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise RunError(f"{final} exists already: choose another --run-dir, or remove it")
+    made = [parent for parent in [final, *final.parents][1:] if not parent.exists()]
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    except OSError as error:
+        _remove_empty(made)
+        raise RunError(
+            f"{final} cannot be written ({error.strerror}): choose another --run-dir"
+        ) from None
+    try:
+        yield aside
+        aside.chmod(0o755)
+        aside.replace(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def publish(run_dir: Path) -> Iterator[Path]:
+    """A folder aside whose files replace those of an existing run folder when the block ends."""
+    aside = Path(tempfile.mkdtemp(prefix=".aside.", dir=run_dir))
+    try:
+        yield aside
+        for file in sorted(path for path in aside.rglob("*") if path.is_file()):
+            target = run_dir / file.relative_to(aside)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# --- config.yaml ---------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path) -> Config:
+    """A YAML mapping, strictly: a key given twice is refused, with its line.
+
+    Raises:
+        OptionError: the file is missing, is not YAML, or is not a mapping.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"the config file {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise OptionError(f"{path} is not a text file in UTF-8: give a YAML file") from None
+    try:
+        content = yaml.load(text, Loader=_loader(path.name))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise OptionError(f"{path.name}{line} is not YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(f"{path.name} is not YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise OptionError(
+            f"{path.name} must hold options as 'name: value' lines, got a {type(content).__name__}"
+        )
+    return content
+
+
+def _loader(file: str) -> Any:
+    """PyYAML's safe loader that refuses a key twice and reads ``1e-3`` as a number."""
+    import re
+
+    import yaml  # type: ignore[import-untyped]
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:  # noqa: FBT001, FBT002
+            seen: dict[Any, int] = {}
+            for key_node, _ in node.value:
+                key, line = key_node.value, key_node.start_mark.line + 1
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise OptionError(f"{file}, line {line}: a key must be a word")
+                if key in seen:
+                    raise OptionError(
+                        f"{file}, line {line}: {key!r} is there twice (first in line {seen[key]}): "
+                        "keep one"
+                    )
+                seen[key] = line
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write ``config.yaml``, and copies of the user's own files under ``source/``."""
+    import yaml  # type: ignore[import-untyped]
+
+    from pvae.checkpoints import write_aside
+
+    for file in _user_files(config):
+        (folder / "source").mkdir(exist_ok=True)
+        write_aside(folder / "source" / file.name, file.read_bytes())
+    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    write_aside(folder / "config.yaml", text.encode())
+
+
+def _user_files(config: Config) -> list[Path]:
+    places = [str(config[role]).partition(":")[0] for role in ("model", "guide")]
+    return [Path(place) for place in dict.fromkeys(places) if place.endswith(".py")]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts alone: what YAML and JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def read_config(run_dir: str | Path) -> Config:
+    """The configuration of a run folder.
+
+    Raises:
+        RunError: the folder is missing, or is not one that ``pvae train`` wrote.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise RunError(f"there is no run folder {folder}: give one that pvae train wrote")
+    if not (folder / "config.yaml").is_file():
+        raise RunError(
+            f"{folder} is no run folder (it has no config.yaml): give one that pvae train wrote"
+        )
+    try:
+        config = read_yaml(folder / "config.yaml")
+    except OptionError as error:
+        raise RunError(f"{folder} is damaged: {error}") from None
+    missing = [key for key in (*DEFAULTS, "data_facts") if key not in config]
+    if missing:
+        raise RunError(f"{folder / 'config.yaml'} has no {missing[0]!r}: train the run again")
+    return config
+
+
+# --- data and programs ---------------------------------------------------------------------------
+
+
+def data_of(config: Config) -> Dataset:
+    """The data set of a configuration; its split does not depend on the seed of the training."""
+    from pvae.data import load as load_data
+
+    return load_data(
+        config["data"], binarize=config["binarize"], transform=config["transform"], seed=0
+    )
+
+
+def facts(dataset: Dataset) -> dict[str, Any]:
+    """What a model may have to know of its data, and a fingerprint of the test split."""
+    return {
+        "x_dim": dataset.x_dim,
+        "num_levels": dataset.num_levels,
+        "image_shape": None if dataset.image_shape is None else list(dataset.image_shape),
+        "kind": dataset.kind,
+        "fingerprint": _fingerprint(dataset.test),
+    }
+
+
+def _fingerprint(split: Split) -> str:
+    digest = hashlib.sha256(split.x.contiguous().numpy().tobytes())
+    digest.update(split.log_det.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def statistics(dataset: Dataset) -> dict[str, Tensor]:
+    """``x_mean`` and ``x_scale`` of the training split, ``(D,)``; constant features get scale 1."""
+    x = dataset.train.x
+    scale = x.std(0, correction=0)
+    return {"x_mean": x.mean(0), "x_scale": scale.where(scale > 0, scale.new_ones(()))}
+
+
+def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None) -> Any:
+    """Construct model and guide from a configuration and what is known of the data.
+
+    Args:
+        config: A resolved configuration.
+        known: ``x_dim``, ``num_levels``, ``image_shape``, ``x_mean``, ``x_scale``.
+        folder: The run folder, whose copy stands in for a user's file that is gone or changed.
+
+    Returns:
+        The model and the guide.
+
+    Raises:
+        ProgramError: one of them cannot be found or built.
+    """
+    import torch
+
+    known = dict(known)
+    if known.get("image_shape") is not None:
+        known["image_shape"] = tuple(known["image_shape"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        source = _find("model", config["model"], folder)
+        model = _construct(source, config["model_options"], known)
+        guide_source = _find("guide", config["guide"], folder)
+        wanted = catalogue.option_names(guide_source.factory) if guide_source.is_class else []
+        known["model"] = model
+        if "latents" in wanted:
+            known["latents"] = _latents(model, source.name, guide_source.name)
+        return model, _construct(guide_source, config["guide_options"], known)
+
+
+def _find(role: str, reference: str, folder: Path | None) -> catalogue.Program:
+    place = Path(reference.partition(":")[0])
+    if folder is None or place.suffix != ".py":
+        return catalogue.find(role, reference)
+    copy = folder / "source" / place.name
+    if place.is_file() and copy.is_file() and place.read_bytes() != copy.read_bytes():
+        warnings.warn(
+            f"{place.name} has changed since the training: the copy in the run folder is used",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif place.is_file():
+        return catalogue.find(role, reference)
+    return catalogue.find(role, reference, copy=copy)
+
+
+def _latents(model: Any, name: str, guide: str) -> Any:
+    latents = getattr(model, "latents", None)
+    if latents is None:
+        raise ProgramError(
+            f"the {guide} guide needs to know the latent sites, and model {name} has no 'latents' "
+            "property (site -> event shape): add one, or give your own --guide"
+        )
+    return latents
+
+
+def _construct(
+    source: catalogue.Program, options: Mapping[str, Any], known: Mapping[str, Any]
+) -> Any:
+    if not source.is_class:
+        return source.factory
+    wanted = catalogue.option_names(source.factory)
+    filled = {name: known[name] for name in wanted if known.get(name) is not None}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            return _checked(source.name, source.factory(**{**filled, **options}))
+    except PvaeError:
+        raise
+    except Exception as error:
+        reason = catalogue.blame(error) or f"{type(error).__name__}: {_first_line(error)}"
+        raise ProgramError(
+            f"{source.name} cannot be built with these options ({reason})"
+        ) from error
+
+
+def _checked(name: str, program: Any) -> Any:
+    """Refuse a size of zero, which torch takes."""
+    for parameter, value in getattr(program, "named_parameters", list)():
+        if value.numel() == 0:
+            raise OptionError(
+                f"{name} has an empty parameter {parameter!r} of shape {tuple(value.shape)}: give "
+                "sizes of at least 1"
+            )
+    return program
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load(run_dir: str | Path) -> Run:
+    """The trained pair of a run folder, every byte of its parameters verified.
+
+    Neither data nor a training step are needed.
+
+    Raises:
+        RunError: the folder is no run, or a file in it is missing or damaged.
+        ProgramError: the user's model file does not run.
+    """
+    from pvae.checkpoints import load_tensors
+    from pvae.training import Run
+
+    folder = Path(run_dir)
+    config = read_config(folder)
+    known = dict(config["data_facts"])
+    if (folder / "checkpoints" / "data").is_dir():
+        known |= load_tensors(folder / "checkpoints" / "data")[0]
+    tensors, manifest = load_tensors(folder / "checkpoints" / "best")
+    model, guide = pair(config, known, folder=folder)
+    _restore(model, guide, tensors, known["x_dim"], folder)
+    history = _history(folder)
+    return Run(
+        model=model,
+        guide=guide,
+        objective=catalogue.build_objective(config["objective"], config["objective_options"]),
+        history=history,
+        best_epoch=int(manifest.get("epoch", 0)),
+        num_parameters=int(config.get("num_parameters") or 0),
+        seconds=sum(row.get("seconds", 0.0) for row in history),
+        run_dir=folder,
+        stopped="epochs" if len(history) == config["epochs"] else "patience",
+    )
+
+
+def _restore(
+    model: Any, guide: Any, tensors: Mapping[str, Tensor], x_dim: int, folder: Path
+) -> None:
+    """Copy the saved tensors into the pair, each by its name."""
+    import torch
+
+    own = _own_tensors(model, guide)
+    if any(name.startswith("store.") for name in tensors):
+        from pvae.particles import parameters
+
+        own |= parameters(model, guide, torch.zeros(2, x_dim))
+    for name in sorted(own.keys() ^ tensors.keys()):
+        what = "is not in" if name in own else "has no place in the pair of"
+        raise RunError(f"tensor {name!r} {what} {folder}: was the model's file changed?")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise RunError(
+                    f"tensor {name!r} of {folder} has shape {tuple(tensors[name].shape)}, the "
+                    f"model expects {tuple(tensor.shape)}: was its file changed?"
+                )
+            tensor.copy_(tensors[name])
+
+
+def _own_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
+    """Parameters and buffers of both modules by ``role.name``, once, as fit names them."""
+    from pvae.particles import module_of
+
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for role, program in (("model", model), ("guide", guide)):
+        module = module_of(program)
+        for name, tensor in module.state_dict(keep_vars=True).items() if module else ():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                own[f"{role}.{name}"] = tensor
+    return own
+
+
+def _history(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line]
+    except (OSError, ValueError):
+        raise RunError(f"{path} is missing or damaged: train the run again") from None
+
+
+# --- drawing from a trained pair -----------------------------------------------------------------
+
+
+def generate(
+    model: Any, example: Tensor, *, guide: Any = None, seed: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Draw data from a model, or, with a guide, reconstruct the example through its latents.
+
+    Any program will do: the observed site is drawn instead of scored.
+
+    Args:
+        model: The generative program.
+        example: ``(B, D)``; only its shape matters without a guide.
+        guide: Draws the latent sites given the example, instead of the model's prior.
+        seed: Seed of the draws; the caller's random stream is untouched.
+
+    Returns:
+        Draws ``(B, D)``; the means of ``p(x | z)``, if it has any; the guide's posterior means of
+        all real latent sites, flattened to ``(B, L)``.
+
+    Raises:
+        ProgramError: no observed site has the shape of the example.
+    """
+    from pyro import poutine
+
+    from pvae.evidence.importance import evaluation
+    from pvae.particles import module_of
+
+    modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
+    device = next((p.device for m in modules for p in m.parameters()), example.device)
+    example = example.to(device)
+    with evaluation(model, guide, seed=seed, device=device), poutine.block():
+        program, latent = poutine.uncondition(model), None
+        if guide is not None:
+            guide_trace = poutine.trace(guide).get_trace(example)
+            program = poutine.replay(program, trace=guide_trace)
+            latent = _latent_means(guide_trace, len(example))
+        trace = poutine.trace(program).get_trace(example)
+    for node in trace.nodes.values():
+        observed = node["type"] == "sample" and node["infer"].get("was_observed")
+        if observed and node["value"].shape == example.shape:
+            return node["value"].cpu(), _mean(node["fn"], example.shape), latent
+    raise ProgramError("the model observes no site of the shape of its data, so it cannot sample")
+
+
+def _mean(distribution: Any, shape: Any) -> Tensor | None:
+    try:
+        mean: Tensor = distribution.mean
+    except (NotImplementedError, AttributeError):
+        return None
+    return mean.cpu() if mean.shape == shape else None
+
+
+def _latent_means(trace: Any, rows: int) -> Tensor | None:
+    import torch
+
+    columns = []
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or not node["value"].is_floating_point():
+            continue
+        if node["value"].shape[:1] == (rows,):
+            mean = _mean(node["fn"], node["value"].shape)
+            columns.append((node["value"].cpu() if mean is None else mean).reshape(rows, -1))
+    return torch.cat(columns, 1) if columns else None
+
+
+def draw_figures(run: Run, dataset: Dataset, folder: Path, *, name: str) -> None:
+    """Training curves, samples beside data, reconstructions, and latents by label, as PNGs."""
+    draw_board_figures({name: run}, {}, dataset, folder)
+
+
+def draw_board_figures(
+    networks: Mapping[str, Run], classical: Mapping[str, Any], dataset: Dataset, folder: Path
+) -> None:
+    """The same of several runs, best first, beside samples of the best classical density.
+
+    A picture that cannot be drawn is a warning, never the loss of a trained run.
+    """
+    from pvae import plots
+
+    best = next(iter(networks.values()))
+    pictures: dict[str, Callable[[], Any]] = {
+        "training_curves": lambda: plots.training_curves(
+            {name: run.history for name, run in networks.items()}
+        ),
+        "samples": lambda: _samples(networks, classical, dataset),
+        "reconstructions": lambda: _reconstructions(networks, dataset),
+    }
+    if dataset.test.labels is not None:
+        pictures["latents"] = lambda: _latent_scatter(best, dataset)
+    for title, make in pictures.items():
+        save_figure(make, folder / "figures" / f"{title}.png")
+
+
+def save_figure(make: Callable[[], Any], path: Path) -> Path | None:
+    """Draw and write one picture; ``None`` and a warning if it cannot be drawn."""
+    from pvae import plots
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        plots.save(make(), path)
+    except OSError:
+        raise
+    except Exception as error:
+        warnings.warn(
+            f"the picture {path.name} was not drawn ({type(error).__name__}: {_first_line(error)})",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+    return path
+
+
+def _samples(networks: Mapping[str, Run], classical: Mapping[str, Any], dataset: Dataset) -> Any:
+    """Draws of the best run with their means, and of the best classical density."""
+    from pvae import plots
+
+    rows, back = dataset.test.x[:64], dataset.transform.inverse
+    name, run = next(iter(networks.items()))
+    draws, means, _ = generate(run.model, rows)
+    shown = {f"{name}: samples": back(draws)}
+    if means is not None:
+        shown[f"{name}: means"] = back(means)
+    for rival, density in list(classical.items())[:1]:
+        shown[rival] = back(density.sample(len(rows)).to(rows.dtype))
+    return plots.samples_beside_data(shown, back(rows), dataset.image_shape)
+
+
+def _reconstructions(networks: Mapping[str, Run], dataset: Dataset) -> Any:
+    from pvae import plots
+
+    rows, back, shown = dataset.test.x[:16], dataset.transform.inverse, {}
+    for name, run in networks.items():
+        draws, means, _ = generate(run.model, rows, guide=run.guide)
+        shown[name] = back(draws if means is None else means)
+    return plots.reconstructions(back(rows), shown, dataset.image_shape)
+
+
+def _latent_scatter(run: Run, dataset: Dataset) -> Any:
+    from pvae import plots
+
+    _, _, latent = generate(run.model, dataset.test.x, guide=run.guide)
+    if latent is None:
+        raise DataError("the guide has no real latent site")
+    return plots.latent_scatter(latent, dataset.test.labels)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Strict JSON, written whole or not at all; what is not finite is ``null``."""
+    from pvae.checkpoints import write_aside
+
+    text = json.dumps(_strict(_plain(content)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_aside(path, (text + "\n").encode())
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_strict(entry) for entry in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
