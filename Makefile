@@ -21,7 +21,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/pvae compare --data digits --run-dir runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

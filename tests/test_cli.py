@@ -22,7 +22,7 @@ from pvae.errors import ObjectiveError, OptionError
 from pvae.models.vae import VAE
 
 TINY = ["--model.hidden", "[8]", "--guide.hidden", "[8]", "--model.z_dim", "2"]
-QUICK = [*TINY, "--epochs", "2"]
+QUICK = [*TINY, "--epochs", "2", "--engine", "eager"]  # auto chooses by the clock
 
 
 @pytest.fixture(scope="session")

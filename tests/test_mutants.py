@@ -90,7 +90,9 @@ WRONG_BOUNDS = {
 }
 
 
-@pytest.mark.parametrize(("bound", "definition"), RIGHT_BOUNDS, ids=repr)
+@pytest.mark.parametrize(
+    ("bound", "definition"), RIGHT_BOUNDS, ids=lambda value: getattr(value, "__name__", repr(value))
+)
 def test_right_bounds_pass(bound, definition):
     check_bound(bound, definition)
 
