@@ -108,8 +108,8 @@ def pyro_step(case: tuple[Any, ...], data: Tensor) -> Callable[[], None]:
 def pair(case: tuple[Any, ...]) -> tuple[VAE, Gaussian]:
     x_dim, hidden, z_dim, _, _ = case
     torch.manual_seed(0)
-    model = VAE(x_dim, z_dim=z_dim, hidden=hidden)
-    return model, Gaussian(x_dim, model.latents, hidden=hidden)
+    model = VAE(x_dim, z_dim=z_dim, hidden=hidden, activation="tanh")
+    return model, Gaussian(x_dim, model.latents, hidden=hidden, activation="tanh")
 
 
 def pvae_step(case: tuple[Any, ...], data: Tensor, engine: str) -> Callable[[], None]:

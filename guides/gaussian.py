@@ -46,7 +46,7 @@ class Gaussian(nn.Module):
         latents: Mapping[str, Sequence[int]],
         *,
         hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
+        activation: str = "silu",
         covariance: str = "diagonal",
         x_mean: Tensor | None = None,
         x_scale: Tensor | None = None,

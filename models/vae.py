@@ -47,7 +47,7 @@ class VAE(nn.Module):
         *,
         z_dim: int = 16,
         hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
+        activation: str = "silu",
         likelihood: str = "bernoulli",
         num_levels: int = 256,
     ) -> None:

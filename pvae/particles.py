@@ -518,6 +518,22 @@ def _check_shapes(model_trace: Any, guide_trace: Any) -> None:
                 f"site {name!r}: the model treats its last {event_dim} dimensions as one event, "
                 f"the guide its last {guide_dim}: add .to_event({event_dim}) in the guide"
             )
+        _check_latent_support(name, node["fn"], guide_trace.nodes[name])
+
+
+def _check_latent_support(name: str, prior: Any, drawn: Any) -> None:
+    """The guide's draws must be possible under the model: integers, positive numbers, ..."""
+    try:
+        support = prior.support
+    except NotImplementedError:
+        return
+    if support is None or bool(support.check(drawn["value"]).all()):
+        return
+    raise ProgramError(
+        f"site {name!r}: the model ({type(_base(prior)).__name__}) takes values in "
+        f"{str(_unit(support)).rstrip('()')}, the guide ({type(_base(drawn['fn'])).__name__}) "
+        "draws values outside it: use a guide of that support"
+    )
 
 
 def _frames(node: Any) -> list[Any]:

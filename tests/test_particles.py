@@ -1022,3 +1022,25 @@ def test_linear_gaussian_reference_is_right():
     log_joint = log_joint + dist.Normal(0.0, 1.0).log_prob(z)
     numerical = torch.logsumexp(log_joint, 0) + math.log(24 / 4000)
     torch.testing.assert_close(numerical, model.log_evidence(x), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("prior", "posterior", "words"),
+    [
+        (dist.Poisson(3.0), dist.Normal(0.5, 0.01), "Poisson.*draws values outside"),
+        (dist.Gamma(2.0, 1.0), dist.Normal(-3.0, 0.1), "Gamma.*GreaterThan.*Normal"),
+    ],
+)
+def test_a_guide_of_another_support_is_refused(prior, posterior, words):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", posterior)
+
+    with pytest.raises(ProgramError, match=words) as caught:
+        pvae.draw(model, guide, torch.zeros(4))
+    assert "\n" not in str(caught.value)

@@ -76,14 +76,12 @@ def provide(name: str, remote: Remote, root: str | Path | None) -> Path:
 
 
 def _download(remote: Remote, destination: Path) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
     part = destination.with_name(f"{destination.name}.{os.getpid()}.part")
     try:
-        with (
-            urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as source,
-            part.open("wb") as sink,
-        ):
-            shutil.copyfileobj(source, sink)
+        with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as source:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
         digests = _digests(part, gzipped=destination.suffix == ".gz")
         if remote.sha256 not in digests:
             raise DataError(
