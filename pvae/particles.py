@@ -529,10 +529,10 @@ def _check_latent_support(name: str, prior: Any, drawn: Any) -> None:
         return
     if support is None or bool(support.check(drawn["value"]).all()):
         return
+    families = type(_base(prior)).__name__, type(_base(drawn["fn"])).__name__
     raise ProgramError(
-        f"site {name!r}: the model ({type(_base(prior)).__name__}) takes values in "
-        f"{str(_unit(support)).rstrip('()')}, the guide ({type(_base(drawn['fn'])).__name__}) "
-        "draws values outside it: use a guide of that support"
+        f"site {name!r}: the model ({families[0]}) takes values in {_in_words(support)}, the guide "
+        f"({families[1]}) draws values outside it: use a guide of that support"
     )
 
 
@@ -670,7 +670,7 @@ def check_support(name: str, support: Any, value: Tensor, family: Any = None) ->
     hint = "; binarise the data (binarize='dynamic') or use continuous_bernoulli or gaussian"
     is_binary = str(unit).startswith("Boolean")
     raise DataError(
-        f"{likelihood}site {name!r} takes values in {str(unit).rstrip('()')}, row {row} of the "
+        f"{likelihood}site {name!r} takes values in {_in_words(support)}, row {row} of the "
         f"data has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
     )
 
@@ -680,6 +680,10 @@ def _unit(support: Any) -> Any:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
+
+
+def _in_words(support: Any) -> str:
+    return str(_unit(support)).removesuffix("()")
 
 
 def _check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layout) -> None:

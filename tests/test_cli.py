@@ -113,7 +113,7 @@ def test_train_writes_one_folder(trained: Path) -> None:
     assert config["model_options"] == {
         "z_dim": 2,
         "hidden": [8],
-        "activation": "tanh",
+        "activation": "silu",
         "likelihood": "gaussian",
     }
     assert config["data_facts"]["x_dim"] == 64

@@ -672,7 +672,11 @@ def remote(tmp_path):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    class Silent(http.server.ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            """The faults are the test's own."""
+
+    server = Silent(("127.0.0.1", 0), partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/a.gz"
     yield Remote("set/a.gz", url, hashlib.sha256(b"content").hexdigest())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pvae.cli import main
+
 FOLDER = Path(__file__).parents[1] / "examples"
 SETTINGS = {"own_model.py": {"epochs": 2}, "custom_objective.py": {"epochs": 2}}
 
@@ -20,3 +22,11 @@ def test_example_runs(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(FOLDER / name))["main"](**SETTINGS[name])
     assert capsys.readouterr().out.strip()
+
+
+def test_own_model_trains_from_its_file_on_the_command_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = f"{FOLDER / 'own_model.py'}:RobustFactors"
+    assert main(["train", model, "--epochs", "1", "--model.z_dim", "3", "--run-dir", "run"]) == 0
+    assert main(["evaluate", "run", "--num-particles", "10"]) == 0
+    assert "log evidence" in capsys.readouterr().out

@@ -27,6 +27,8 @@ FLOORS = [
     {"training"},
     {"catalogue"},
     {"runs", "comparison", "plots", "arviz"},
+    {"roster"},
+    {"commands"},
     {"cli"},
 ]
 
