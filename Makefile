@@ -18,7 +18,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 	touch $@
 
 demo: $(VENV)/.runtime
-	$(BIN)/pvae compare --data digits --run-dir runs/demo
+	$(BIN)/pvae compare --data digits
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
