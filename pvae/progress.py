@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -49,8 +50,8 @@ class Reporter:
     def __enter__(self) -> Reporter:
         if self.enabled and self.console.is_terminal:
             columns = (
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
+                TextColumn(f"epoch {{task.fields[epoch]}}/{self.epochs}"),
+                BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
             )
@@ -82,17 +83,17 @@ class Reporter:
         self.pending += 1
         now = time.monotonic()
         if now - self.drawn >= _INTERVAL:
-            bound = float(metrics[0]) / rows
-            self.bar.update(
-                self.task, advance=self.pending, description=f"bound {bound:.2f} nats/datum"
-            )
+            bound, _, reconstruction, kl = (metrics / rows).tolist()
+            parts = "" if math.isnan(kl) else f" (rec {reconstruction:.1f}, KL {kl:.1f})"
+            rate = self.pending / (now - self.drawn) if self.drawn else 0.0
+            text = f"bound {bound:.1f}{parts} nats, {rate:.0f} steps/s"
+            self.bar.update(self.task, advance=self.pending, description=text)
             self.pending, self.drawn = 0, now
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """An epoch is done."""
         epoch = int(row["epoch"])
         if self.bar is not None:
-            self.bar.update(self.task, advance=self.pending, epoch=min(epoch + 1, self.epochs))
-            self.pending = 0
+            self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.enabled and (epoch % self.line_every == 0 or epoch in (1, self.epochs)):
             self.say(f"epoch {epoch}/{self.epochs}: {describe(row)}")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import pvae
+import pvae.progress
 from pvae.errors import DataError, NonFiniteError, OptionError, ProgramError
 from pvae.guides.exact import Exact
 from pvae.guides.gaussian import Gaussian
@@ -242,6 +243,22 @@ def test_plain_lines_off_a_terminal(capsys):
     assert "epoch 2/2: bound" in error
     assert "nats/datum" in error
     assert "\x1b" not in error
+
+
+def test_a_bar_on_a_terminal_shows_bound_parts_and_speed(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(pvae.progress, "_INTERVAL", 0.0)
+    model, guide = small_pair()
+    pvae.fit(model, guide, small_data(), epochs=3, batch_size=5)
+    error = capsys.readouterr().err
+    assert "epoch 3/3: bound" in error
+    with pvae.progress.Reporter(2, 10) as reporter:
+        assert reporter.bar is not None
+        reporter.step(torch.tensor([-50.0, -50.0, -40.0, 10.0]), 10)
+        assert reporter.bar.tasks[0].description.startswith("bound -5.0 (rec -4.0, KL 1.0) nats,")
+        reporter.step(torch.tensor([-50.0, -50.0, math.nan, math.nan]), 10)
+        assert "rec" not in reporter.bar.tasks[0].description
 
 
 class Poisoned(nn.Module):
