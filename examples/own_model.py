@@ -41,7 +41,7 @@ class RobustFactors(nn.Module):
         return sampled
 
 
-def main(epochs: int = 60) -> None:
+def main(epochs: int = 150) -> None:
     """Train on digits, compare with factor analysis, print the table."""
     import pvae
     from pvae.guides.gaussian import Gaussian
@@ -51,8 +51,9 @@ def main(epochs: int = 60) -> None:
     model = RobustFactors(digits.x_dim)
     guide = Gaussian(digits.x_dim, model.latents, covariance="full")
     run = pvae.fit(
-        model, guide, digits.train.x, valid=digits.valid.x, preprocess=None, epochs=epochs, lr=3e-3
-    )
+        model, guide, digits.train_raw, preprocess=digits.preprocess, valid=digits.valid,
+        epochs=epochs, batch_size=64, lr=1e-2, lr_schedule="cosine",
+    )  # fmt: skip
     rival = pvae.baselines.FactorAnalysis(n_components=8).fit(digits.train.x)
     print(pvae.compare({"robust factors": run, "factor analysis": rival}, digits.test))
 
