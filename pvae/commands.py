@@ -160,7 +160,23 @@ def _load_data(config: dict[str, Any]) -> Dataset:
     dataset = runs.data_of(config)
     if config["data"] not in sources():
         config["data"] = str(Path(config["data"]).expanduser().absolute())
+    _warn_of_constants(dataset)
     return dataset
+
+
+def _warn_of_constants(dataset: Dataset) -> None:
+    """A density of a feature that never varies is as high as its method's floor allows."""
+    if dataset.kind != "continuous":
+        return
+    constant = (dataset.train.x == dataset.train.x[0]).all(0).nonzero().flatten().tolist()
+    if constant:
+        warnings.warn(
+            f"{len(constant)} of {dataset.x_dim} features never vary in the training data (the first "
+            f"is number {constant[0]}): densities there tell of each method's floor alone, so leave "
+            "them out before comparing",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _choose_likelihood(config: dict[str, Any], programs: Programs, dataset: Dataset) -> str | None:

@@ -462,3 +462,13 @@ def test_defaults_are_options_of_train(capsys: pytest.CaptureFixture[str]) -> No
     for key in runs.DEFAULTS:
         if key not in ("model", "model_options", "guide_options", "objective_options"):
             assert f"--{key.replace('_', '-')} " in page
+
+
+def test_features_that_never_vary_are_pointed_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "\n".join(f"{0.37 * i % 1:.2f},{0.61 * i % 1:.2f},7.5" for i in range(60))
+    (tmp_path / "x.csv").write_text(rows)
+    main(["train", "vae", "--data", "x.csv", "--epochs", "1"])
+    error = capsys.readouterr().err
+    assert "1 of 3 features never vary" in error
+    assert "number 2" in error
