@@ -171,9 +171,9 @@ def _warn_of_constants(dataset: Dataset) -> None:
     constant = (dataset.train.x == dataset.train.x[0]).all(0).nonzero().flatten().tolist()
     if constant:
         warnings.warn(
-            f"{len(constant)} of {dataset.x_dim} features never vary in the training data (the first "
-            f"is number {constant[0]}): densities there tell of each method's floor alone, so leave "
-            "them out before comparing",
+            f"{len(constant)} of {dataset.x_dim} features never vary in the training data (the "
+            f"first is number {constant[0]}): densities there tell of each method's floor alone, "
+            "so leave them out before comparing",
             UserWarning,
             stacklevel=2,
         )
