@@ -151,7 +151,7 @@ def test_tuple_batches_and_progress(pair):
         lambda x, _: guide(x),
         (x, torch.zeros(len(x))),
         50,
-        max_pairs=100,
+        max_pairs=20,
         progress=lambda done, total: seen.append((done, total)),
     )
     assert len(found) == len(x)

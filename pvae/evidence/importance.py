@@ -20,6 +20,9 @@ __all__ = ["Evidence", "evaluation", "importance"]
 
 Progress = Callable[[int, int], None]
 
+_MAX_DRAWS = 2**17  # pairs whose latent draws are held at once: small beside what the model makes
+_MAX_PAIRS = {"cpu": 2**12}  # a decoder's activations for these stay in the processor's cache
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -94,7 +97,7 @@ def importance(
     x: Any,
     num_particles: int = 5000,
     *,
-    max_pairs: int = 2**15,
+    max_pairs: int | None = None,
     seed: int = 0,
     data_plate: str | None = None,
     vectorize: bool = True,
@@ -112,7 +115,8 @@ def importance(
         guide: The inference program.
         x: Data: an array, tensor, tuple or dict of them, N rows.
         num_particles: K.
-        max_pairs: Cap on particles x data held at once by the model.
+        max_pairs: Cap on particles x data held at once by the model; 4096 on a CPU, 262144 on
+            another device, if left out.
         seed: Seed of the draws; the caller's random stream is untouched.
         data_plate: Name of the plate that indexes the data, where several could.
         vectorize: Run particles at once.
@@ -125,14 +129,16 @@ def importance(
         ProgramError: The programs do not fit each other, or have a latent site that all data share.
         OptionError: ``num_particles`` or ``max_pairs`` is below one.
     """
-    if num_particles < 1 or max_pairs < 1:
+    if num_particles < 1 or (max_pairs is not None and max_pairs < 1):
         raise OptionError(
             f"num_particles and max_pairs must be at least 1, got {num_particles} and {max_pairs}"
         )
     device = next((p.device for p in _parameters(model, guide)), torch.device("cpu"))
     batch = as_batch(x, device=device)
     total = num_rows(batch)
-    block = max(1, min(total, 4 * max_pairs // num_particles))
+    if max_pairs is None:
+        max_pairs = _MAX_PAIRS.get(device.type, 2**18)
+    block = max(1, min(total, max_pairs, _MAX_DRAWS // num_particles))
     pieces = []
     with evaluation(model, guide, seed=seed, device=device):
         layout = inspect(
