@@ -356,8 +356,6 @@ class PyroObjective:
     """
 
     elbo: Any
-    beta: float = 1.0
-    num_particles: int = 1
     _plate_scale: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -30,6 +30,7 @@ __all__ = [
     "draw",
     "inspect",
     "log_joint",
+    "named_tensors",
     "parameters",
     "plate_scale",
     "sample_guide",
@@ -350,6 +351,16 @@ def parameters(model: Program, guide: Program, batch: Batch) -> dict[str, nn.Par
             leaf = node["value"].unconstrained()
             found.setdefault(id(leaf), (f"store.{name}", leaf))
     return {name: value for name, value in found.values() if value.requires_grad}
+
+
+def named_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
+    """Parameters and buffers of the modules of a pair, as ``role.name``, each once."""
+    own: dict[int, tuple[str, Tensor]] = {}
+    for role, program in (("model", model), ("guide", guide)):
+        module = module_of(program)
+        for name, tensor in module.state_dict(keep_vars=True).items() if module else ():
+            own.setdefault(id(tensor), (f"{role}.{name}", tensor))
+    return dict(own.values())
 
 
 def module_of(program: Program) -> nn.Module | None:

@@ -425,10 +425,10 @@ def _restore(
     """Copy the saved tensors into the pair, each by its name."""
     import torch
 
-    own = _own_tensors(model, guide)
-    if any(name.startswith("store.") for name in tensors):
-        from pvae.particles import parameters
+    from pvae.particles import named_tensors, parameters
 
+    own = named_tensors(model, guide)
+    if any(name.startswith("store.") for name in tensors):
         own |= parameters(model, guide, torch.zeros(2, x_dim))
     for name in sorted(own.keys() ^ tensors.keys()):
         what = "is not in" if name in own else "has no place in the pair of"
@@ -441,21 +441,6 @@ def _restore(
                     f"model expects {tuple(tensor.shape)}: was its file changed?"
                 )
             tensor.copy_(tensors[name])
-
-
-def _own_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
-    """Parameters and buffers of both modules by ``role.name``, once, as fit names them."""
-    from pvae.particles import module_of
-
-    own: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for role, program in (("model", model), ("guide", guide)):
-        module = module_of(program)
-        for name, tensor in module.state_dict(keep_vars=True).items() if module else ():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                own[f"{role}.{name}"] = tensor
-    return own
 
 
 def _history(folder: Path) -> list[dict[str, float]]:

@@ -31,7 +31,7 @@ from pvae.engine import (
 from pvae.errors import NonFiniteError, OptionError, ProgramError, did_you_mean
 from pvae.evidence.importance import evaluation
 from pvae.objectives import Objective, PyroObjective, as_objective, vae
-from pvae.particles import Layout, arguments, check_support, module_of, parameters
+from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
 from pvae.progress import Reporter
 from pvae.schedules import Schedule
 
@@ -301,15 +301,10 @@ class _Loop:
 
     def _state(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the pair, by name, each tensor once."""
-        state = dict(self.problem.parameters)
-        seen = {id(t) for t in state.values()}
-        for role, program in (("model", self.run.model), ("guide", self.run.guide)):
-            module = module_of(program)
-            for name, tensor in module.state_dict(keep_vars=True).items() if module else ():
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    state[f"{role}.{name}"] = tensor
-        return state
+        state = named_tensors(self.run.model, self.run.guide)
+        seen = {id(tensor) for tensor in state.values()}
+        stored = self.problem.parameters.items()
+        return state | {name: tensor for name, tensor in stored if id(tensor) not in seen}
 
     def _restore(self) -> None:
         if self.best_state is not None:
