@@ -6,6 +6,7 @@ Files open with ``arviz.from_netcdf`` of ArviZ 0.x (an ``InferenceData``) and 1.
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,9 @@ def to_inference_data(
         DataError: There is nothing to keep, or shapes disagree.
     """
     groups = _groups(posterior, evidence, observed, labels, dict(attrs or {}), max_data)
-    import arviz
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 0.23 advertises 1.0 once a day
+        import arviz
 
     if hasattr(arviz, "InferenceData"):
         return arviz.InferenceData(**groups)

@@ -16,19 +16,18 @@ a run.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from pyro import validation_enabled
 from torch import Tensor, nn
 
 from pvae.data import take
 from pvae.errors import NonFiniteError, OptionError, did_you_mean
 from pvae.objectives import Loss, Objective, PyroObjective
 from pvae.particles import Layout, module_of
+from pvae.staging import StagingError, capture, lower
 
 __all__ = [
     "ENGINES",
@@ -302,7 +301,7 @@ class Staged:
         try:
             started = time.perf_counter()
             graph = self._trace(held, index)
-            self.run = _compile(graph, [*self.inputs, index]) if compiled else graph
+            self.run = lower(graph, [*self.inputs, index]) if compiled else graph
             self._verify(index, before)
             self.seconds = time.perf_counter() - started
         finally:
@@ -317,18 +316,8 @@ class Staged:
                 tensor.copy_(value)
 
     def _trace(self, held: list[Tensor], index: Tensor) -> Any:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        def body(held: list[Tensor], index: Tensor) -> Any:
-            return self._body(index)
-
-        try:
-            with torch.random.fork_rng(_cuda(self.problem.device)), validation_enabled(False):
-                graph = make_fx(body, tracing_mode="real")(held, index)
-        except Exception as error:
-            raise StagingError(_why_not(error)) from error
-        graph.graph.set_codegen(torch.fx.graph.CodeGen())
-        graph.graph.eliminate_dead_code()
+        graph = capture(lambda held, index: self._body(index), held, index)
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())  # takes a flat list
         graph.recompile()
         return graph
 
@@ -412,38 +401,8 @@ class Staged:
             self.update.set_steps(self.taken)
 
 
-class StagingError(RuntimeError):
-    """A step cannot be staged; the message is the reason, in words."""
-
-
 def _cuda(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
-
-
-def _why_not(error: Exception) -> str:
-    text = str(error)
-    if "_local_scalar_dense" in text or "data-dependent" in text:
-        return (
-            "the program reads a value from a tensor (.item(), if, int()), so it branches on data"
-        )
-    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
-
-
-def _compile(graph: Any, inputs: list[Tensor]) -> Any:
-    """The graph through Inductor, its noise drawn as torch draws it."""
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, when Inductor is imported
-            import torch._inductor.config as settings
-            from torch._inductor.compile_fx import compile_fx
-
-        with torch.no_grad(), settings.patch(fallback_random=True):
-            run: Any = compile_fx(graph, inputs)  # type: ignore[arg-type]
-            run(*inputs)  # compiles here and not at the first step
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        raise StagingError(f"the compiler failed ({type(error).__name__}: {reason[0]})") from error
-    return run
 
 
 class _Update:

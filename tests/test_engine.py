@@ -13,7 +13,7 @@ from torch import nn
 
 import pvae
 import pvae.engine
-from pvae.engine import Auto, Eager, Problem, Staged, StagingError, build_optimizer, mix
+from pvae.engine import Auto, Eager, Problem, Staged, build_optimizer, mix
 from pvae.errors import NonFiniteError
 from pvae.gradients import mixed, score_function
 from pvae.guides.exact import Exact
@@ -23,6 +23,7 @@ from pvae.models.gaussian_mixture import GaussianMixture
 from pvae.models.vae import VAE
 from pvae.particles import parameters
 from pvae.schedules import Linear
+from pvae.staging import StagingError
 
 OBJECTIVES = {
     "elbo": pvae.vae(),
@@ -116,14 +117,14 @@ def test_every_optimizer_moves_alike_in_and_after_the_graph(optimizer, options, 
     eager = take_steps(Eager(make_problem(**given)), count=8)
     after = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=False), count=8)
     assert_same(eager, after, 1e-9)
-    monkeypatch.setattr(pvae.engine, "_compile", lambda graph, inputs: graph)
+    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
     inside = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=True), count=8)
     assert_same(eager, inside, 1e-9)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_clipping_weights_and_partial_batches(compiled, monkeypatch):
-    monkeypatch.setattr(pvae.engine, "_compile", lambda graph, inputs: graph)
+    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
     given = {"clip_norm": 0.5, "objective": pvae.iwae(3)}
     eager = Eager(make_problem(**given))
     staged = Staged(make_problem(**given), torch.arange(10), compiled=compiled)

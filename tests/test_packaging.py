@@ -16,7 +16,7 @@ import pvae
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors"},
-    {"log_weights", "checkpoints"},
+    {"log_weights", "checkpoints", "staging"},
     {"networks", "distributions", "models", "guides"},
     {"particles"},
     {"bounds"},

@@ -1,0 +1,85 @@
+"""A function of tensors as one graph of tensor operations, traced through Pyro's handlers or not.
+
+What is traced is what runs: no handler, no Python. Randomness stays random (each call of the graph
+draws anew from the default generator), and whatever depends on a tensor's *value* outside torch is
+refused rather than frozen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["StagingError", "capture", "lower"]
+
+
+class StagingError(RuntimeError):
+    """A function cannot be staged; the message is the reason, in words."""
+
+
+def capture(function: Callable[..., Any], *examples: Any) -> Any:
+    """Trace ``function(*examples)`` into a graph of tensor operations, derivatives included.
+
+    Tensors that the function reaches without taking them as arguments (a module's parameters) are
+    constants of the graph by identity: it sees their later values, but compiled code does not.
+
+    Args:
+        function: Takes nests (tuples, lists, dicts) of tensors, gives nests of tensors.
+        examples: Arguments of the shapes and types that it will be called with.
+
+    Returns:
+        A ``torch.fx.GraphModule`` to be called as ``function`` is.
+
+    Raises:
+        StagingError: it reads a tensor's value, or fails; the message says which.
+    """
+    from pyro import validation_enabled
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    tensors = torch.utils._pytree.tree_leaves(examples)
+    devices = sorted({t.device.index or 0 for t in tensors if getattr(t, "is_cuda", False)})
+    try:
+        with torch.random.fork_rng(devices), validation_enabled(False):
+            graph = make_fx(function, tracing_mode="real")(*examples)
+    except Exception as error:
+        raise StagingError(_why_not(error)) from error
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    """A graph of tensor operations through Inductor, its noise drawn as torch draws it.
+
+    Args:
+        graph: A ``torch.fx.GraphModule`` that takes a flat list of tensors.
+        inputs: Tensors of the shapes and types that it will be called with.
+
+    Raises:
+        StagingError: there is no C++ compiler, or it failed.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, when Inductor is imported
+            import torch._inductor.config as settings
+            from torch._inductor.compile_fx import compile_fx
+
+        with torch.no_grad(), settings.patch(fallback_random=True):
+            run: Any = compile_fx(graph, inputs)  # type: ignore[arg-type]
+            run(*inputs)  # compiles here and not at the first step
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise StagingError(f"the compiler failed ({type(error).__name__}: {reason[0]})") from error
+    return run  # type: ignore[no-any-return]
+
+
+def _why_not(error: Exception) -> str:
+    text = str(error)
+    if "_local_scalar_dense" in text or "data-dependent" in text:
+        return (
+            "the program reads a value from a tensor (.item(), if, int()), so it branches on data"
+        )
+    return f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}"
