@@ -27,7 +27,14 @@ from pvae.data import take
 from pvae.errors import NonFiniteError, OptionError, did_you_mean
 from pvae.objectives import Loss, Objective, PyroObjective
 from pvae.particles import Layout, module_of
-from pvae.staging import StagingError, capture, lower
+from pvae.staging import (
+    COMPILING_PAYS,
+    ENGINES,
+    STAGING_PAYS,
+    StagingError,
+    capture,
+    lower,
+)
 
 __all__ = [
     "ENGINES",
@@ -44,7 +51,6 @@ __all__ = [
     "stage",
 ]
 
-ENGINES = ("auto", "compiled", "eager", "staged")
 METRICS = ("bound", "elbo", "reconstruction", "kl")
 
 _MASK = (1 << 64) - 1
@@ -316,10 +322,7 @@ class Staged:
                 tensor.copy_(value)
 
     def _trace(self, held: list[Tensor], index: Tensor) -> Any:
-        graph = capture(lambda held, index: self._body(index), held, index)
-        graph.graph.set_codegen(torch.fx.graph.CodeGen())  # takes a flat list
-        graph.recompile()
-        return graph
+        return capture(lambda held, index: self._body(index), held, index, flat=True)
 
     def _body(self, index: Tensor) -> tuple[Tensor, ...]:
         beta = self.scalars[0]
@@ -527,8 +530,7 @@ class Auto:
     """
 
     _measured = 4
-    _staging_pays = 2.0  # seconds of eager steps ahead, above which tracing once is worth it
-    _compiling_pays = 60.0  # likewise for the compiler, which takes 8 to 25 s
+    _staging_pays, _compiling_pays = STAGING_PAYS, COMPILING_PAYS
 
     def __init__(self, problem: Problem, total_steps: int, say: Callable[[str], None]) -> None:
         self.problem, self.total_steps, self.say = problem, total_steps, say

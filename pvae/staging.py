@@ -13,14 +13,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["StagingError", "capture", "lower"]
+__all__ = ["COMPILING_PAYS", "ENGINES", "STAGING_PAYS", "StagingError", "capture", "lower"]
+
+ENGINES = ("auto", "compiled", "eager", "staged")
+STAGING_PAYS = 2.0  # seconds of eager work ahead, above which tracing once is worth it
+COMPILING_PAYS = 60.0  # likewise for the compiler, which takes 8 to 25 s
 
 
 class StagingError(RuntimeError):
     """A function cannot be staged; the message is the reason, in words."""
 
 
-def capture(function: Callable[..., Any], *examples: Any) -> Any:
+def capture(function: Callable[..., Any], *examples: Any, flat: bool = False) -> Any:
     """Trace ``function(*examples)`` into a graph of tensor operations, derivatives included.
 
     Tensors that the function reaches without taking them as arguments (a module's parameters) are
@@ -29,6 +33,7 @@ def capture(function: Callable[..., Any], *examples: Any) -> Any:
     Args:
         function: Takes nests (tuples, lists, dicts) of tensors, gives nests of tensors.
         examples: Arguments of the shapes and types that it will be called with.
+        flat: The graph takes and gives flat lists of tensors, as :func:`lower` wants it.
 
     Returns:
         A ``torch.fx.GraphModule`` to be called as ``function`` is.
@@ -43,10 +48,12 @@ def capture(function: Callable[..., Any], *examples: Any) -> Any:
     devices = sorted({t.device.index or 0 for t in tensors if getattr(t, "is_cuda", False)})
     try:
         with torch.random.fork_rng(devices), validation_enabled(False):
-            graph = make_fx(function, tracing_mode="real")(*examples)
+            graph = make_fx(lambda *inputs: function(*inputs), tracing_mode="real")(*examples)
     except Exception as error:
         raise StagingError(_why_not(error)) from error
     graph.graph.eliminate_dead_code()
+    if flat:
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())
     graph.recompile()
     return graph
 
@@ -67,8 +74,11 @@ def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
             import torch._inductor.config as settings
             from torch._inductor.compile_fx import compile_fx
 
-        with torch.no_grad(), settings.patch(fallback_random=True):
-            run: Any = compile_fx(graph, inputs)  # type: ignore[arg-type]
+            from pvae.rewrites import decompositions
+
+        options = {"fallback_random": True, "cpp.enable_floating_point_contract_flag": "fast"}
+        with torch.no_grad(), settings.patch(options):
+            run: Any = compile_fx(graph, inputs, decompositions=decompositions())  # type: ignore[arg-type]
             run(*inputs)  # compiles here and not at the first step
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]

@@ -15,7 +15,7 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"errors"},
+    {"errors", "rewrites"},
     {"log_weights", "checkpoints", "staging"},
     {"networks", "distributions", "models", "guides"},
     {"particles"},

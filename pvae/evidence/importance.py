@@ -14,14 +14,15 @@ from torch import Tensor
 from pvae import log_weights as algebra
 from pvae.data import as_batch, num_rows, take
 from pvae.errors import OptionError, ProgramError
-from pvae.particles import Layout, inspect, log_joint, module_of, sample_guide
+from pvae.evidence.sweep import Sweep, tensors_of
+from pvae.particles import Layout, inspect, module_of
 
 __all__ = ["Evidence", "evaluation", "importance"]
 
 Progress = Callable[[int, int], None]
 
 _MAX_DRAWS = 2**17  # pairs whose latent draws are held at once: small beside what the model makes
-_MAX_PAIRS = {"cpu": 2**12}  # a decoder's activations for these stay in the processor's cache
+_MAX_PAIRS = {"cpu": 2**11}  # a decoder's activations for these stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def importance(
     seed: int = 0,
     data_plate: str | None = None,
     vectorize: bool = True,
+    engine: str = "auto",
     progress: Progress | None = None,
 ) -> Evidence:
     r"""Estimate ``log p(x_n) = log E_q[p(x_n, z) / q(z | x_n)]`` by K draws for each datum.
@@ -115,11 +117,13 @@ def importance(
         guide: The inference program.
         x: Data: an array, tensor, tuple or dict of them, N rows.
         num_particles: K.
-        max_pairs: Cap on particles x data held at once by the model; 4096 on a CPU, 262144 on
+        max_pairs: Cap on particles x data held at once by the model; 2048 on a CPU, 262144 on
             another device, if left out.
         seed: Seed of the draws; the caller's random stream is untouched.
         data_plate: Name of the plate that indexes the data, where several could.
         vectorize: Run particles at once.
+        engine: ``"eager"``, ``"staged"`` or ``"compiled"`` programs; ``"auto"`` compiles where more
+            than a minute of eager work lies ahead. The draws are the same.
         progress: Called with (data done, N).
 
     Returns:
@@ -133,7 +137,7 @@ def importance(
         raise OptionError(
             f"num_particles and max_pairs must be at least 1, got {num_particles} and {max_pairs}"
         )
-    device = next((p.device for p in _parameters(model, guide)), torch.device("cpu"))
+    device = next((t.device for t in tensors_of(model, guide)), torch.device("cpu"))
     batch = as_batch(x, device=device)
     total = num_rows(batch)
     if max_pairs is None:
@@ -146,9 +150,10 @@ def importance(
             vectorize=vectorize,
         )  # fmt: skip
         _refuse_shared(layout)
+        weigh = Sweep(model, guide, layout, num_particles, max_pairs, total, engine)
         for start in range(0, total, block):
             rows = _rows(batch, start, min(start + block, total))
-            pieces.append(_reduce(_weights(model, guide, rows, num_particles, max_pairs, layout)))
+            pieces.append(_reduce(weigh(rows)))
             if progress is not None:
                 progress(min(start + block, total), total)
     log_evidence, stderr, ess, pareto_k, elbo = (
@@ -176,13 +181,6 @@ def evaluation(model: Any, guide: Any, *, seed: int, device: torch.device) -> It
                 module.training = flag
 
 
-def _parameters(model: Any, guide: Any) -> Iterator[Tensor]:
-    for program in (model, guide):
-        module = module_of(program)
-        if module is not None:
-            yield from module.parameters()
-
-
 def _rows(batch: Any, start: int, stop: int) -> Any:
     first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
     tensor = first[0] if isinstance(first, tuple) else first
@@ -195,37 +193,6 @@ def _refuse_shared(layout: Layout) -> None:
             f"site {layout.globals[0]!r} is shared by all data, so there is no evidence of one "
             "datum: move it inside the data plate, or condition on it"
         )
-
-
-def _weights(
-    model: Any, guide: Any, rows: Any, num_particles: int, max_pairs: int, layout: Layout
-) -> Tensor:
-    """``(K, B)`` log weights in float64: one pass of the guide, several of the model."""
-    if not layout.vectorize:
-        runs = [
-            _weights_at_once(model, guide, rows, 1, max_pairs, layout) for _ in range(num_particles)
-        ]
-        return torch.cat(runs)
-    return _weights_at_once(model, guide, rows, num_particles, max_pairs, layout)
-
-
-def _weights_at_once(
-    model: Any, guide: Any, rows: Any, num_particles: int, max_pairs: int, layout: Layout
-) -> Tensor:
-    values, log_q = sample_guide(guide, rows, num_particles, layout)
-    chunk = max(1, max_pairs // log_q.shape[1])
-    pieces = []
-    for start in range(0, num_particles, chunk):
-        stop = min(start + chunk, num_particles)
-        part = {name: _particles(value, start, stop, layout) for name, value in values.items()}
-        pieces.append(log_joint(model, rows, part, stop - start, layout).double())
-    return torch.cat(pieces) - log_q.double()
-
-
-def _particles(value: Any, start: int, stop: int, layout: Layout) -> Any:
-    """A slice of the draws along K; indices of subsampled plates are passed on as they are."""
-    is_draw = isinstance(value, Tensor) and value.dim() >= -layout.particle_dim
-    return value[start:stop] if is_draw and layout.vectorize else value
 
 
 def _reduce(log_weights: Tensor) -> tuple[Tensor, ...]:
