@@ -118,7 +118,8 @@ def _fill_train(parser: _Parser) -> None:
     )
     option("seed", _whole, "N", "of parameters, order and noise; the split is fixed")
     option("device", str, "DEVICE", "auto, cpu, cuda, …")
-    option("engine", str, "ENGINE", "how a step is run")
+    option("engine", str, "ENGINE", "auto, eager, staged, compiled or cudagraph: how a step is run")
+    option("precision", str, "P", "full, or bfloat16 for linear and convolution layers")
     option("run-dir", str, "FOLDER", "where to write; runs/<model>-<data>-<n> if left out")
     option("config", str, "FILE", "a YAML file with any of these options; the command line wins")
 

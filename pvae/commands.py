@@ -37,6 +37,7 @@ _FIT = (
     "seed",
     "device",
     "engine",
+    "precision",
 )
 _LIKELIHOODS = {
     "binary": "bernoulli",

@@ -1,11 +1,12 @@
 """One optimisation step made fast: noise, loss, gradients, guard, update.
 
-Four ways to take it, behind one call ``step(index, step, beta) -> metrics``:
+Ways to take it, behind one call ``step(index, step, beta) -> metrics``:
 
 - ``eager``: Pyro's handlers run at every step. Works for every pair.
 - ``staged``: model, guide, gradients and optimiser are traced once, through Pyro's handlers, into
   one graph of tensor operations, which is then run as it is.
 - ``compiled``: that graph compiled by Inductor.
+- ``cudagraph``: that, recorded once on a CUDA device and replayed without any Python.
 - ``auto``: measures a few eager steps, then takes the one that pays over the whole run.
 
 Whatever cannot be staged is run eagerly, with the reason said once. Randomness comes from
@@ -27,6 +28,7 @@ from pvae.data import take
 from pvae.errors import NonFiniteError, OptionError, did_you_mean
 from pvae.objectives import Loss, Objective, PyroObjective
 from pvae.particles import Layout, module_of
+from pvae.precision import precision_context
 from pvae.staging import (
     COMPILING_PAYS,
     ENGINES,
@@ -142,6 +144,7 @@ class Problem:
         num_data: N.
         preprocess: Fresh noise for each batch (dynamic binarisation, dequantisation).
         clip_norm: Largest norm of the whole gradient; ``None`` for no clipping.
+        precision: ``"full"``, or ``"bfloat16"`` for linear and convolution layers.
     """
 
     model: Any
@@ -156,20 +159,22 @@ class Problem:
     num_data: int
     preprocess: Callable[[Any], Any] | None = None
     clip_norm: float | None = None
+    precision: str = "full"
 
     def loss(self, index: Tensor, beta: Any) -> Loss:
         """The objective on the rows ``index`` of the data."""
         batch = take(self.data, index)
         if self.preprocess is not None:
             batch = self.preprocess(batch)
-        return self.objective.evaluate(
-            self.model,
-            self.guide,
-            batch,
-            layout=self.layout,  # type: ignore[arg-type]
-            beta=beta,
-            num_data=self.num_data,
-        )
+        with precision_context(self.precision):
+            return self.objective.evaluate(
+                self.model,
+                self.guide,
+                batch,
+                layout=self.layout,  # type: ignore[arg-type]
+                beta=beta,
+                num_data=self.num_data,
+            )
 
     def buffers(self) -> list[Tensor]:
         """Buffers of both programs, each once (batch normalisation changes them)."""
@@ -223,6 +228,10 @@ class Step(Protocol):
     def reason(self) -> str:
         """Why it took the steps."""
 
+    @property
+    def seconds(self) -> float:
+        """Time it took to become ready: tracing, compiling, recording."""
+
     def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
         """Update on the rows ``index``; sums over them of :data:`METRICS`, ``(4,)``, device."""
 
@@ -240,6 +249,7 @@ class Eager:
     """The plain step: Pyro's handlers run at every call. It works for every pair."""
 
     name = "eager"
+    seconds = 0.0
 
     def __init__(self, problem: Problem, reason: str = "") -> None:
         self.problem, self.reason = problem, reason
@@ -282,21 +292,31 @@ class Staged:
         problem: What the step is about.
         index: An example batch of row numbers, of the usual size.
         compiled: Compile the graph with Inductor.
+        record: Record the graph on the CUDA device and replay it.
 
     Raises:
         StagingError: it cannot be staged; the message is the reason.
     """
 
     def __init__(
-        self, problem: Problem, index: Tensor, *, compiled: bool, reason: str = ""
+        self,
+        problem: Problem,
+        index: Tensor,
+        *,
+        compiled: bool,
+        record: bool = False,
+        reason: str = "",
     ) -> None:
+        if record and problem.device.type != "cuda":
+            raise StagingError(f"a CUDA graph needs a CUDA device, and this is {problem.device}")
         self.problem, self.reason = problem, reason
-        self.name = "compiled" if compiled else "staged"
+        self.name = "cudagraph" if record else "compiled" if compiled else "staged"
         self.rows = len(index)
         self.eager = Eager(problem)
         self.tensors = list(problem.parameters.values())
-        # Unless it is compiled, torch's own fused update is quicker than the graph's.
-        self.update = _Update.of(problem.optimizer, self.tensors) if compiled else None
+        # Operation by operation, torch's own fused update is quicker than the graph's.
+        in_graph = compiled or record
+        self.update = _Update.of(problem.optimizer, self.tensors) if in_graph else None
         self.used: list[Tensor] = []
         self.taken = 0 if self.update is None else self.update.steps_taken()
         self.scalars = torch.ones(4, device=problem.device, dtype=self.tensors[0].dtype)
@@ -308,6 +328,8 @@ class Staged:
             started = time.perf_counter()
             graph = self._trace(held, index)
             self.run = lower(graph, [*self.inputs, index]) if compiled else graph
+            if record:
+                self.run = _record(self.run, self.inputs, index)
             self._verify(index, before)
             self.seconds = time.perf_counter() - started
         finally:
@@ -336,6 +358,10 @@ class Staged:
             gradients = tuple(None if g is None else g * factor for g in gradients)
         found = torch.cat([metrics(loss), norm[None], healthy[None].to(norm.dtype)])
         if self.update is None:
+            if self.problem.device.type != "cpu":  # nobody waits to see whether it is healthy
+                gradients = tuple(
+                    None if g is None else torch.where(healthy, g, 0.0) for g in gradients
+                )
             pairs = zip(self.tensors, gradients, strict=True)
             self.used = [tensor for tensor, gradient in pairs if gradient is not None]
             return (found, *[g for g in gradients if g is not None])
@@ -366,8 +392,11 @@ class Staged:
 
     def _fill(self, beta: float, rate: float) -> None:
         corrections = (1.0, 1.0) if self.update is None else self.update.corrections(self.taken + 1)
-        values = torch.tensor((beta, rate, *corrections), dtype=self.scalars.dtype)
-        self.scalars.copy_(values)
+        on_device = self.problem.device.type == "cuda"
+        values = torch.tensor(
+            (beta, rate, *corrections), dtype=self.scalars.dtype, pin_memory=on_device
+        )
+        self.scalars.copy_(values, non_blocking=on_device)
 
     def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
         """Take one step.
@@ -402,6 +431,37 @@ class Staged:
         """Tell the optimiser how many steps the graph has taken."""
         if self.update is not None:
             self.update.set_steps(self.taken)
+
+
+def _record(run: Callable[..., Any], inputs: list[Tensor], index: Tensor) -> Callable[..., Any]:
+    """``run(*inputs, index)`` recorded as a CUDA graph: a call copies the index in and replays.
+
+    The noise of a replay comes from the default generator's seed at that moment. What a call gives
+    back is overwritten by the next one.
+    """
+    own = index.clone()
+    try:
+        side: Any = torch.cuda.Stream(index.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(index.device))
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):
+                run(*inputs, own)
+        torch.cuda.current_stream(index.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            output = run(*inputs, own)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise StagingError(
+            f"it cannot be recorded ({type(error).__name__}: {reason[0]})"
+        ) from error
+
+    def replay(*inputs_and_index: Tensor) -> Any:
+        own.copy_(inputs_and_index[-1])
+        graph.replay()
+        return output
+
+    return replay
 
 
 def _cuda(device: torch.device) -> list[torch.device]:
@@ -548,6 +608,11 @@ class Auto:
         """Why it was chosen."""
         return self.chosen.reason
 
+    @property
+    def seconds(self) -> float:
+        """Time the chosen engine took to become ready."""
+        return self.chosen.seconds
+
     def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
         """Take one step."""
         if self.decided:
@@ -567,7 +632,9 @@ class Auto:
         if ahead < self._staging_pays:
             self.chosen = Eager(self.problem, f"{cost}: staging would not pay")
         else:
-            name = "compiled" if ahead > self._compiling_pays else "staged"
+            on_cuda = self.problem.device.type == "cuda"  # where launches cost more than the work
+            name = "cudagraph" if on_cuda else "compiled"
+            name = name if ahead > self._compiling_pays else "staged"
             self.chosen = stage(name, self.problem, index, self.total_steps, self.say, cost)
             return
         self.say(f"engine {self.chosen.name} ({self.chosen.reason})")
@@ -575,6 +642,14 @@ class Auto:
     def finish(self) -> None:
         """Bring the optimiser's own state up to date."""
         self.chosen.finish()
+
+
+# What is tried, in this order, before the programs are run eagerly: compiled, recorded.
+_CHAIN = {
+    "cudagraph": ((True, True), (False, True), (True, False), (False, False)),
+    "compiled": ((True, False), (False, False)),
+    "staged": ((False, False),),
+}
 
 
 def stage(
@@ -599,9 +674,11 @@ def stage(
         return Auto(problem, total_steps, say)
     if engine == "eager":
         return Eager(problem, reason)
-    for compiled in (True, False) if engine == "compiled" else (False,):
+    for compiled, record in _CHAIN[engine]:
+        if compiled:
+            say("engine: compiling the step")
         try:
-            step = Staged(problem, index, compiled=compiled, reason=reason)
+            step = Staged(problem, index, compiled=compiled, record=record, reason=reason)
         except StagingError as error:
             reason = str(error)
             continue

@@ -76,6 +76,7 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
     "device": "auto",
     "engine": "auto",
+    "precision": "full",
 }
 
 

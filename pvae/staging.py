@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["COMPILING_PAYS", "ENGINES", "STAGING_PAYS", "StagingError", "capture", "lower"]
 
-ENGINES = ("auto", "compiled", "eager", "staged")
+ENGINES = ("auto", "compiled", "cudagraph", "eager", "staged")
 STAGING_PAYS = 2.0  # seconds of eager work ahead, above which tracing once is worth it
 COMPILING_PAYS = 60.0  # likewise for the compiler, which takes 8 to 25 s
 
@@ -70,16 +70,16 @@ def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
     """
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, when Inductor is imported
+            warnings.simplefilter("ignore")  # torch's own deprecations
             import torch._inductor.config as settings
             from torch._inductor.compile_fx import compile_fx
 
             from pvae.rewrites import decompositions
 
-        options = {"fallback_random": True, "cpp.enable_floating_point_contract_flag": "fast"}
-        with torch.no_grad(), settings.patch(options):
-            run: Any = compile_fx(graph, inputs, decompositions=decompositions())  # type: ignore[arg-type]
-            run(*inputs)  # compiles here and not at the first step
+            options = {"fallback_random": True, "cpp.enable_floating_point_contract_flag": "fast"}
+            with settings.patch(options):
+                run: Any = compile_fx(graph, inputs, decompositions=decompositions())  # type: ignore[arg-type]
+                run(*inputs)  # compiles here and not at the first step
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise StagingError(f"the compiler failed ({type(error).__name__}: {reason[0]})") from error

@@ -32,6 +32,7 @@ from pvae.errors import NonFiniteError, OptionError, ProgramError, did_you_mean
 from pvae.evidence.importance import evaluation
 from pvae.objectives import Objective, PyroObjective, as_objective, vae
 from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
+from pvae.precision import precision_context
 from pvae.progress import Reporter
 from pvae.schedules import Schedule
 
@@ -49,12 +50,13 @@ class Run:
         guide: The inference program, likewise.
         objective: What was maximised.
         history: One dict per epoch: bound, elbo, reconstruction, kl (train and valid_*) in nats per
-            datum, beta, lr, seconds, steps_per_second.
+            datum, beta, lr, seconds (without tracing and compiling), steps_per_second.
         best_epoch: The epoch whose parameters were kept.
         num_parameters: Number of trained numbers.
         seconds: Time of the training.
         device: Where it ran.
         engine: What took the steps, with the reason.
+        staging_seconds: Time it took to trace and compile the step, part of ``seconds``.
         run_dir: Its folder, if it has one.
         stopped: Why it ended: ``"epochs"`` or ``"patience"``.
     """
@@ -68,6 +70,7 @@ class Run:
     seconds: float = 0.0
     device: str = "cpu"
     engine: str = "eager"
+    staging_seconds: float = 0.0
     run_dir: Path | None = None
     stopped: str = "epochs"
 
@@ -89,6 +92,7 @@ def fit(
     patience: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
     engine: str = "auto",
+    precision: str = "full",
     device: str = "auto",
     seed: int = 0,
     run_dir: str | Path | None = None,
@@ -116,7 +120,9 @@ def fit(
         patience: Stop after this many epochs without a better validation bound.
         preprocess: Applied to each training batch, on the device, with the step's noise.
         engine: How a step is taken, see :mod:`pvae.engine`: ``"auto"`` chooses what pays,
-            ``"eager"``, ``"staged"`` or ``"compiled"``.
+            ``"eager"``, ``"staged"``, ``"compiled"`` or ``"cudagraph"``.
+        precision: ``"full"``, or ``"bfloat16"`` for the products inside linear and convolution
+            layers; densities and bounds stay in the precision of the data.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ….
         seed: Seed of order and noise.
         run_dir: Folder for ``metrics.jsonl`` and ``checkpoints/``.
@@ -132,6 +138,7 @@ def fit(
     started = time.perf_counter()
     goal = as_objective(vae() if objective is None else objective)
     _check_options(epochs, batch_size, patience, engine, valid)
+    precision_context(precision)  # refuses a name that it does not know
     where = _device(device)
     data = as_batch(train, device=where)
     held_out = None if valid is None else as_batch(valid, device=where)
@@ -160,7 +167,7 @@ def fit(
         rates = [group["lr"] for group in optim.param_groups]
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
-            clip_norm,
+            clip_norm, precision,
         )  # fmt: skip
         run = Run(model, guide, goal, device=str(where))
         run.num_parameters = sum(p.numel() for p in weights.values())
@@ -230,9 +237,10 @@ class _Loop:
                 break
         take_step.finish()
         self.run.engine = f"{take_step.name} ({take_step.reason})"
+        self.run.staging_seconds = take_step.seconds
 
     def _epoch(self, epoch: int, take_step: Step, reporter: Reporter) -> dict[str, float]:
-        started = time.perf_counter()
+        started, staging = time.perf_counter(), take_step.seconds
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.problem.device)
         beta = 1.0
         for index in self._batches(epoch):
@@ -245,7 +253,7 @@ class _Loop:
             sums += found
             self.step += 1
             reporter.step(found, len(index))
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - (take_step.seconds - staging)
         row: dict[str, float] = {"epoch": epoch, "step": self.step}
         row |= _known(zip(METRICS, (sums / self.problem.num_data).tolist(), strict=True))
         row |= {"beta": beta, "lr": float(self.problem.optimizer.param_groups[0]["lr"])}

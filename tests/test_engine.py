@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -259,12 +262,210 @@ def test_auto_takes_what_pays():
     assert "would not pay" in said[0]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_equals_eager():
-    eager = take_steps(Eager(make_problem(objective=pvae.dreg(3))))
-    problem = make_problem(objective=pvae.dreg(3))
-    compiled = take_steps(Staged(problem, torch.arange(10), compiled=True))
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["elbo", "iwae", "dreg", "stl", "score function"])
+def test_compiled_equals_eager_for_every_gradient(name):
+    eager = take_steps(Eager(make_problem(objective=OBJECTIVES[name])))
+    step = Staged(make_problem(objective=OBJECTIVES[name]), torch.arange(10), compiled=True)
+    assert_same(eager, take_steps(step))
+    if name == "iwae":
+        after_two_hundred_steps(step)
+
+
+def after_two_hundred_steps(compiled):
+    eager = Eager(make_problem(objective=OBJECTIVES["iwae"]))
+    take_steps(eager)  # the compiled one has taken these already
+    ends = take_steps(eager, 200)[1], take_steps(compiled, 200)[1]
+    for a, b in zip(*ends, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["full covariance", "exact", "mixture"])
+def test_compiled_equals_eager_for_every_pair(kind):
+    objective = pvae.Objective(gradient=mixed, num_particles=2)
+    eager = take_steps(Eager(make_problem(kind, objective)))
+    compiled = take_steps(Staged(make_problem(kind, objective), torch.arange(10), compiled=True))
     assert_same(eager, compiled)
+
+
+def single_precision(engine, likelihood, activation, objective):
+    """A step's metrics and the gradients it leaves, by plain SGD at a learning rate of one."""
+    torch.manual_seed(0)
+    x = (torch.rand(40, 30) < 0.4).float()
+    model = VAE(30, z_dim=3, hidden=(16, 16), activation=activation, likelihood=likelihood)
+    guide = Gaussian(30, model.latents, hidden=(16,), activation=activation)
+    layout = objective.prepare(model, guide, x[:20])
+    weights = parameters(model, guide, x[:20])
+    before = [p.detach().clone() for p in weights.values()]
+    optimizer = build_optimizer("sgd", list(weights.values()), lr=1.0)
+    problem = Problem(
+        model, guide, objective, optimizer, weights, layout, x, x.device, 0, len(x)
+    )  # fmt: skip
+    index = torch.arange(20)
+    step = Eager(problem) if engine == "eager" else Staged(problem, index, compiled=True)
+    found = step(index, 0, 1.0)
+    return found, [b - p.detach() for b, p in zip(before, weights.values(), strict=True)]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("likelihood", "activation", "objective"),
+    [("bernoulli", "tanh", pvae.iwae(5)), ("gaussian", "silu", pvae.stl(2))],
+)
+def test_compiled_single_precision_keeps_its_digits(likelihood, activation, objective):
+    """The rewritten elementary functions are used here, and only here."""
+    (ours, gradients), (theirs, expected) = (
+        single_precision(engine, likelihood, activation, objective)
+        for engine in ("compiled", "eager")
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_bfloat16_rounds_the_layers_and_nothing_else():
+    seen = {}
+
+    class Watched(VAE):
+        def decode(self, z):
+            likelihood = super().decode(z)
+            seen["scale"] = likelihood.base_dist.scale
+            return likelihood
+
+    def build(precision):
+        torch.manual_seed(0)
+        problem = make_problem(data=data().float(), precision=precision)
+        problem.model = Watched(6, z_dim=2, hidden=(8,), likelihood="gaussian")
+        problem.guide = Gaussian(6, problem.model.latents, hidden=(8,))
+        problem.parameters = parameters(problem.model, problem.guide, problem.data[:10])
+        problem.optimizer = build_optimizer("adam", list(problem.parameters.values()), lr=1e-2)
+        return problem
+
+    full, rounded = Eager(build("full")), Eager(build("bfloat16"))
+    plain, half = take_steps(full, 3), take_steps(rounded, 3)
+    assert seen["scale"].dtype == torch.float32
+    assert half[0].dtype == torch.float32
+    assert not torch.allclose(plain[0], half[0], rtol=1e-6)
+    assert torch.allclose(plain[0], half[0], rtol=2e-2, atol=0.5)
+    staged = take_steps(Staged(build("bfloat16"), torch.arange(10), compiled=False), 3)
+    assert_same(half, staged, 1e-5)
+    for p in rounded.problem.parameters.values():
+        assert p.dtype == torch.float32
+
+
+def test_double_precision_is_never_rounded():
+    plain = take_steps(Eager(make_problem()))
+    assert_same(plain, take_steps(Eager(make_problem(precision="bfloat16"))))
+
+
+def test_a_graph_is_made_once_whatever_the_epochs_bring(monkeypatch):
+    """Schedules, partial batches and validation never trace or compile again."""
+    calls = []
+    real = pvae.engine.capture
+    monkeypatch.setattr(
+        pvae.engine, "capture", lambda *given, **named: calls.append(1) or real(*given, **named)
+    )
+    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: calls.append(2) or graph)
+    model, guide = make_pair()
+    objective = pvae.beta_vae(Linear(steps=20))
+    pvae.fit(model, guide, data(37), valid=data(5), objective=objective, epochs=6, batch_size=10,
+             lr_schedule="cosine", engine="compiled", progress=False)  # fmt: skip
+    assert calls == [1, 2]
+
+
+@pytest.mark.parametrize("engine", ["eager", "staged"])
+def test_two_thousand_steps_leave_memory_flat(engine):
+    """In a process of its own; the first steps may still fill caches."""
+    code = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_engine import Eager, Staged, make_problem
+step = Eager(make_problem()) if {engine!r} == "eager" else Staged(
+    make_problem(), torch.arange(10), compiled=False)
+index = torch.arange(10)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+for number in range(300):
+    step(index, number, 1.0)
+before = resident()
+for number in range(2000):
+    step(index, number, 1.0)
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**20
+
+
+def test_dict_and_tuple_batches_are_staged():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 6).double()
+
+        def forward(self, x, weight):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=x.dtype), 1).to_event(1))
+                pyro.sample("x", dist.Normal(self.net(z), weight[:, None]).to_event(1), obs=x)
+
+    class TwoGuide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(6, 2).double()
+
+        def forward(self, x, weight):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.net(x), 0.5).to_event(1))
+
+    ends = {}
+    for engine in ("eager", "staged"):
+        for form in ("tuple", "dict"):
+            torch.manual_seed(0)
+            model, guide = Two(), TwoGuide()
+            parts = data(), 0.5 + torch.rand(40).double()
+            batch = parts if form == "tuple" else dict(zip(("x", "weight"), parts, strict=True))
+            run = pvae.fit(model, guide, batch, epochs=2, batch_size=10, engine=engine,
+                           progress=False)  # fmt: skip
+            assert run.engine.startswith(engine)
+            ends[engine, form] = model.net.weight.detach()
+    reference = ends["eager", "tuple"]
+    assert all(torch.allclose(reference, end, rtol=1e-10) for end in ends.values())
+
+
+def test_a_cuda_graph_without_cuda_says_so_and_trains(capsys, monkeypatch):
+    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
+    model, guide = make_pair()
+    run = pvae.fit(model, guide, data(), epochs=1, batch_size=10, engine="cudagraph", device="cpu")
+    assert run.engine == "compiled (a CUDA graph needs a CUDA device, and this is cpu)"
+    assert capsys.readouterr().err.count("a CUDA graph needs a CUDA device") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_equals_eager_without_waiting():
+    def build():
+        problem = make_problem(data=data().cuda())
+        for program in (problem.model, problem.guide):
+            program.cuda()
+        problem.device = torch.device("cuda")
+        problem.optimizer = build_optimizer("adam", list(problem.parameters.values()), lr=1e-2)
+        return problem
+
+    index = torch.arange(10, device="cuda")
+    eager, recorded = Eager(build()), Staged(build(), index, compiled=True, record=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(5):
+            eager(index, number, 1.0)
+            recorded(index, number, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    pairs = zip(
+        eager.problem.parameters.values(), recorded.problem.parameters.values(), strict=True
+    )
+    assert all(torch.allclose(a, b, rtol=1e-8) for a, b in pairs)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

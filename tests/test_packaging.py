@@ -16,7 +16,7 @@ import pvae
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "rewrites"},
-    {"log_weights", "checkpoints", "staging"},
+    {"log_weights", "checkpoints", "staging", "precision"},
     {"networks", "distributions", "models", "guides"},
     {"particles"},
     {"bounds"},

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from pvae.errors import OptionError, did_you_mean
 from pvae.particles import Layout, log_joint, module_of, sample_guide
-from pvae.staging import COMPILING_PAYS, ENGINES, StagingError, capture, lower
+from pvae.staging import COMPILING_PAYS, StagingError, capture, lower
 
 __all__ = ["Sweep", "tensors_of"]
 
+_ENGINES = ("auto", "compiled", "eager", "staged")
 _log = logging.getLogger("pvae")
 
 
@@ -47,8 +48,8 @@ class Sweep:
         num_data: int,
         engine: str = "auto",
     ) -> None:
-        if engine not in ENGINES:
-            raise OptionError(f"no engine is called {engine!r}: {did_you_mean(engine, ENGINES)}")
+        if engine not in _ENGINES:
+            raise OptionError(f"no engine is called {engine!r}: {did_you_mean(engine, _ENGINES)}")
         self.model, self.guide, self.layout = model, guide, layout
         self.num_particles, self.max_pairs = num_particles, max_pairs
         self.left, self.engine = num_data, engine
