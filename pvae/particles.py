@@ -39,6 +39,7 @@ __all__ = [
     "plate_scale",
     "rewritten",
     "sample_guide",
+    "sample_observed",
     "simulate",
     "sum_terms",
 ]
@@ -425,7 +426,9 @@ def simulate(
         observed = _observed_entries(model, batch)
         _refuse_reading(model, batch, observed)
     with torch.no_grad(), poutine.block():
-        drawn = {} if guide is None else _site_values(poutine.trace(guide).get_trace(*args, **kwargs))
+        drawn = {}
+        if guide is not None:
+            drawn = _site_values(poutine.trace(guide).get_trace(*args, **kwargs))
         trace = poutine.trace(_generator(model, drawn)).get_trace(*args, **kwargs)
     latents = {
         n: node["value"] for n, node in _latents(trace).items()
@@ -433,6 +436,16 @@ def simulate(
     }  # fmt: skip
     made = {key: trace.nodes[name]["value"] for name, key in observed.items()}
     return latents, _with_entries(batch, made)
+
+
+def sample_observed(
+    model: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> dict[str, Tensor]:
+    """Observed site -> draws ``(K, B, ...)`` of ``p(x | z)``, given latents ``(K, B, ...)``."""
+    args, kwargs = arguments(batch)
+    program = _generator(_plated(model, num_particles, layout), values)
+    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    return {name: trace.nodes[name]["value"] for name in layout.observed}
 
 
 def _generator(model: Program, values: Mapping[str, Any]) -> Program:

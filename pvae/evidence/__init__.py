@@ -1,4 +1,4 @@
-"""Estimates of the log evidence ``log p(x)`` of a pair, per datum, and what is wrong with a pair."""
+"""Estimates of the log evidence ``log p(x)``, per datum, and diagnoses of a pair."""
 
 from __future__ import annotations
 

@@ -206,7 +206,8 @@ class Calibration:
     def report(self) -> str:
         """The table, and a sentence on what was rejected at which false-alarm rate."""
         lines = [
-            f"{'quantity':<28}{'chi-square p':>13}{'KS p':>9}{'50 %':>8}{'80 %':>8}{'95 %':>8}  ranks"
+            f"{'quantity':<28}{'chi-square p':>13}{'KS p':>9}{'50 %':>8}{'80 %':>8}"
+            f"{'95 %':>8}  ranks"
         ]
         for row in self.rows():
             lines.append(
@@ -287,7 +288,8 @@ def calibration(
     template = as_batch(x, device=device)
     particles = importance or num_draws
     block = max(2, min(num_runs, _MAX_PAIRS // particles))
-    ranks, names = [], ()
+    ranks: list[Tensor] = []
+    names: tuple[str, ...] = ()
     make = simulator or (lambda rows: simulate(model, rows))
     with evaluation(model, guide, seed=seed, device=device):
         layout = inspect(model, guide, _cycled(template, 0, block))
@@ -513,8 +515,8 @@ def predictive_checks(
 def _one_number(name: str, value: Any) -> float:
     tensor = torch.as_tensor(value)
     if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
+        came = f"shape {tuple(tensor.shape)}" if tensor.numel() != 1 else f"{tensor.item()}"
         raise DataError(
-            f"statistic {name!r} must return one finite number for a data set, got "
-            f"{'a value of shape ' + str(tuple(tensor.shape)) if tensor.numel() != 1 else tensor.item()}"
+            f"statistic {name!r} must return one finite number for a data set, got {came}"
         )
     return float(tensor)

@@ -80,9 +80,9 @@ def standard_ladder(num_particles: int = 1000) -> list[Rung]:
 
 def _annealed(num_temperatures: int, num_chains: int = 64, num_leapfrog: int = 5) -> Rung:
     def estimate(model: Any, guide: Any, x: Any, *, seed: int) -> Evidence:
-        from pvae.evidence.annealing import annealed
+        from pvae.evidence.annealing import annealed  # type: ignore[import-not-found]
 
-        return annealed(
+        return annealed(  # type: ignore[no-any-return]
             model, guide, x, num_chains=num_chains, num_temperatures=num_temperatures,
             num_leapfrog=num_leapfrog, seed=seed,
         )  # fmt: skip
@@ -129,8 +129,10 @@ def smoothed_importance(
                 (algebra.log_mean_exp(weights), algebra.stderr(weights), algebra.ess(weights), khat,
                  raw.mean(0))
             )  # fmt: skip
-    columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
-    return Evidence(*columns, num_particles, method="psis")
+    log_evidence, stderr, ess, pareto_k, elbo = (
+        torch.cat(column) for column in zip(*pieces, strict=True)
+    )
+    return Evidence(log_evidence, stderr, ess, pareto_k, elbo, num_particles, method="psis")
 
 
 def auto(
@@ -351,12 +353,11 @@ def measured_curve(
             block = max(1, min(total, 2**16 // size))
             runs = []
             for _ in range(max(2, num_draws // size)):
-                parts = [
-                    algebra.log_mean_exp(
-                        draw(model, guide, take(batch, index), size, layout=layout).log_weights.double()
-                    )
-                    for index in torch.arange(total, device=device).split(block)
-                ]
+                parts = []
+                for start in range(0, total, block):
+                    index = torch.arange(start, min(start + block, total), device=device)
+                    drawn = draw(model, guide, take(batch, index), size, layout=layout)
+                    parts.append(algebra.log_mean_exp(drawn.log_weights.double()))
                 runs.append(torch.cat(parts))
             groups.append(torch.stack(runs).cpu())
     differences = [

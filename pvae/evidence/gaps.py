@@ -201,7 +201,9 @@ def _device(model: Any, guide: Any) -> torch.device:
 
 def _check_length(name: str, value: Any, total: int) -> None:
     if value is not None and len(value) != total:
-        raise DataError(f"{name} is of {len(value)} data and x has {total} rows: pass the same data")
+        raise DataError(
+            f"{name} is of {len(value)} data and x has {total} rows: pass the same data"
+        )
 
 
 def _refuse(layout: Layout, *, search: bool) -> None:
@@ -328,9 +330,7 @@ def _adam(gradient: Tensor, moments: tuple[Tensor, Tensor], step: int) -> Tensor
     return (first / (1 - 0.9**step)) / ((second / (1 - 0.99**step)).sqrt() + 1e-8)
 
 
-def _judged(
-    model: Any, guide: Any, rows: Any, layout: Layout, moves: Moves, seed: int
-) -> Tensor:
+def _judged(model: Any, guide: Any, rows: Any, layout: Layout, moves: Moves, seed: int) -> Tensor:
     """``(B,)`` ELBO on the common draws."""
     log_weights = _log_weights(model, _member(guide, moves), rows, layout, _JUDGES, seed)
     return log_weights.mean(0)
@@ -397,7 +397,9 @@ def _weigh(
     }
 
 
-def _gap_noise(log_weights: Tensor, log_evidence: Tensor | None, other: Tensor | None = None) -> Tensor:
+def _gap_noise(
+    log_weights: Tensor, log_evidence: Tensor | None, other: Tensor | None = None
+) -> Tensor:
     """SE of ``log p - mean log w`` where both come from the same draws (delta method)."""
     source = log_weights if other is None else other
     centre = algebra.log_mean_exp(source) if log_evidence is None else log_evidence

@@ -10,7 +10,7 @@ Hoffman & Johnson (2016), ELBO surgery. The mutual information cannot exceed ``l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,8 +201,8 @@ def _dimensions(name: str, site: LatentSite, layout: Layout) -> list[Dimension]:
 
     def flat(terms: Tensor) -> Tensor:
         """``(K, B, D)`` of a term per dimension."""
-        full = terms.expand(site.value.shape)
-        return by_datum(full, layout, name).flatten(2).double() if full.dim() > 2 else full[..., None].double()
+        full = by_datum(terms.expand(site.value.shape), layout, name).double()
+        return full.reshape(*full.shape[:2], -1)
 
     kl = flat(_kl(posterior, prior, site.value)).mean(0)
     activity = _activity(posterior, site, flat)
@@ -220,7 +220,9 @@ def _dimensions(name: str, site: LatentSite, layout: Layout) -> list[Dimension]:
                 kl=mean_kl,
                 kl_stderr=_stderr(kl[:, j]),
                 mutual_information=None if marginal is None else mean_kl - float(marginal.mean()),
-                mutual_information_stderr=None if marginal is None else _stderr(kl[:, j] - marginal),
+                mutual_information_stderr=None
+                if marginal is None
+                else _stderr(kl[:, j] - marginal),
                 marginal_kl=None if marginal is None else float(marginal.mean()),
                 marginal_kl_stderr=None if marginal is None else _stderr(marginal),
                 activity=spread,
@@ -242,13 +244,13 @@ def _kl(posterior: Any, prior: Any, value: Tensor) -> Tensor:
 def _activity(posterior: Any, site: LatentSite, flat: Any) -> Tensor | None:
     """``Var_x E_q[z_j | x]``, ``(D,)``, free of the variance of the K draws behind a mean."""
     try:
-        mean = flat(posterior.mean)
+        mean: Tensor = flat(posterior.mean)
     except (NotImplementedError, AttributeError):
         mean = flat(site.value)
     if not bool(mean.isfinite().all()):
         return None
     num_draws = len(mean)
-    spread = mean.mean(0).var(0)
+    spread: Tensor = mean.mean(0).var(0)
     if num_draws > 1:
         spread = spread - mean.var(0).mean(0) / num_draws
     elif not hasattr(posterior, "mean"):
@@ -264,21 +266,22 @@ def _aggregate(
     ``None`` where the marginals are not those of one datum: a posterior that follows earlier
     draws, a prior that follows latents or data, inner plates.
     """
-    one = site.value[:1, :1] if layout.particle_dim == -2 else None
-    if one is None or _varies(posterior, one, 0, site) or _varies(prior, one, None, site):
+    if layout.particle_dim != -2:
+        return None
+    one = site.value[:1, :1]
+    if _varies(posterior, one, 0, site) or _varies(prior, one, None, site):
         return None
     log_p = flat(prior.log_prob(site.value))
     num_draws, num_data = site.value.shape[:2]
     points = site.value.reshape(num_draws * num_data, 1, *site.value.shape[2:])
-    first = _first_draw(posterior, points[0], num_data, site)
-    if first is None:
-        return None
+    first = _density_under_all(posterior, num_data, site)
     chunk = max(1, _MAX_PAIRS // max(1, first(points[:1]).numel()))
     pieces = [
         first(points[k : k + chunk]).double().logsumexp(1) for k in range(0, len(points), chunk)
     ]
     log_q = (torch.cat(pieces) - math.log(num_data)).reshape(num_draws, num_data, -1)
-    return (log_q - log_p).mean(0)
+    difference: Tensor = log_q - log_p
+    return difference.mean(0)
 
 
 def _varies(distribution: Any, one: Tensor, over: int | None, site: LatentSite) -> bool:
@@ -288,28 +291,23 @@ def _varies(distribution: Any, one: Tensor, over: int | None, site: LatentSite) 
     return not torch.allclose(terms, reference.expand_as(terms), rtol=1e-4, atol=1e-5)
 
 
-def _first_draw(posterior: Any, one: Tensor, num_data: int, site: LatentSite) -> Any:
-    """Density per dimension of ``(M, 1, ...)`` points under each datum's posterior: ``(M, B, D)``."""
-    shape = (1, num_data, *site.value.shape[2:])
-    try:
-        single = posterior.expand((site.value.shape[0], *shape[1:]))
-        loc = {n: getattr(single, n)[:1] for n in single.arg_constraints if n in ("loc", "scale")}
-        if set(single.arg_constraints) == {"loc", "scale"}:
-            single = type(single)(**loc)
-            return lambda points: single.log_prob(points).reshape(len(points), num_data, -1)
-    except (NotImplementedError, AttributeError, RuntimeError, TypeError):
-        pass
-    draws = site.value.shape[0]
+def _density_under_all(
+    posterior: Any, num_data: int, site: LatentSite
+) -> Callable[[Tensor], Tensor]:
+    """Log density per dimension of points ``(M, 1, ...)`` under each posterior: ``(M, B, D)``."""
+    num_draws, event = site.value.shape[0], tuple(site.value.shape[2:])
+    full = (num_draws, num_data, *event)
+    if set(posterior.arg_constraints) == {"loc", "scale"}:
+        loc, scale = (getattr(posterior, n).expand(full)[:1] for n in ("loc", "scale"))
+        single = type(posterior)(loc, scale)
+        return lambda points: single.log_prob(points).reshape(len(points), num_data, -1)
 
-    def general(points: Tensor) -> Tensor:
-        """One point after another, as draws of the distribution's own batch shape."""
-        terms = [
-            posterior.log_prob(point.expand(draws, *shape[1:])).expand(draws, *shape[1:])[:1]
-            for point in points
-        ]
+    def one_by_one(points: Tensor) -> Tensor:
+        """A distribution of any other class takes points of its own batch shape."""
+        terms = [posterior.log_prob(p.expand(full)).expand(full)[:1] for p in points]
         return torch.cat(terms).reshape(len(points), num_data, -1)
 
-    return general
+    return one_by_one
 
 
 # --- all sites together --------------------------------------------------------------------------
