@@ -415,12 +415,11 @@ def _diagnoses(
 
     model, guide, seed = run.model, run.guide, arguments.seed
     back = dataset.transform.inverse
-    smallest = back(rows).min()
     statistics = {
         "mean": lambda x: back(x).double().mean(),
         "standard deviation": lambda x: back(x).double().std(),
         "spread of row means": lambda x: back(x).double().flatten(1).mean(1).std(),
-        "share at the smallest": lambda x: (back(x) == smallest).double().mean(),
+        "spread within rows": lambda x: back(x).double().flatten(1).std(1).mean(),
     }
     return {
         "gaps": lambda progress: evidence.gaps(

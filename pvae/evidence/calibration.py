@@ -43,6 +43,7 @@ __all__ = [
 Progress = Callable[[int, int], None]
 Simulator = Callable[[Any], tuple[dict[str, Tensor], Any]]
 
+_STREAM = 103 * 2**32  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = 2**14
 _DENSITY, _JOINT, _DISTANCE = "log q", "log joint", "distance to a random point"
 
@@ -291,7 +292,7 @@ def calibration(
     ranks: list[Tensor] = []
     names: tuple[str, ...] = ()
     make = simulator or (lambda rows: simulate(model, rows))
-    with evaluation(model, guide, seed=seed, device=device):
+    with evaluation(model, guide, seed=_STREAM + seed, device=device):
         layout = inspect(model, guide, _cycled(template, 0, block))
         if layout.globals:
             raise ProgramError(
@@ -497,7 +498,7 @@ def predictive_checks(
     observed = {name: _one_number(name, f(batch)) for name, f in statistics.items()}
     made: dict[str, list[float]] = {name: [] for name in statistics}
     make = simulator or (lambda rows: simulate(model, rows, guide=guide))
-    with evaluation(model, guide, seed=seed, device=device):
+    with evaluation(model, guide, seed=_STREAM + seed, device=device):
         for replicate in range(num_replicates):
             _, rows = make(batch)
             for name, function in statistics.items():

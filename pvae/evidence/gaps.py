@@ -30,6 +30,7 @@ __all__ = ["Gaps", "gaps"]
 Progress = Callable[[int, int], None]
 Moves = dict[str, dict[str, Tensor]]  # site -> parameter -> (B, ...), in unconstrained space
 
+_STREAM = 101 * 2**32  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = 2**13  # particles x data held at once, forward and backward
 _ROUND = 20  # steps between two looks at the objective
 _HALVINGS = 5  # the learning rate is halved so often before a block is done
@@ -172,7 +173,7 @@ def gaps(
     _check_length("best_elbo", best_elbo, total)
     size = max(1, min(total, 256))
     columns, shifted_sites, num_steps, converged = [], set[str](), 0, True
-    with evaluation(model, guide, seed=seed, device=device):
+    with evaluation(model, guide, seed=_STREAM + seed, device=device):
         layout = inspect(model, guide, take(batch, torch.arange(size, device=device)))
         _refuse(layout, search=best_elbo is None)
         for start in range(0, total, size):

@@ -35,6 +35,7 @@ __all__ = ["Dimension", "Information", "information"]
 
 _ACTIVE = 1e-2  # Burda et al. (2016): variance over the data of the posterior mean
 _COLLAPSED = 0.05  # nats of KL below which a dimension that is not active is its prior
+_STREAM = 102 * 2**32  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = 2**22  # numbers held at once by the aggregate posterior
 
 
@@ -160,7 +161,7 @@ def information(
     if total < 2:
         raise OptionError("the information that latents carry needs at least two data, got one")
     rows = take(batch, torch.arange(total, device=device))
-    with evaluation(model, guide, seed=seed, device=device):
+    with evaluation(model, guide, seed=_STREAM + seed, device=device):
         layout = inspect(model, guide, rows)
         if layout.globals:
             raise ProgramError(
@@ -401,7 +402,7 @@ def _conclusions(found: Information) -> list[str]:
     if found.saturated:
         lines.append(
             f"The information is near its ceiling log N = {math.log(found.num_data):.2f}: with N = "
-            f"{found.num_data} it may be larger, and the aggregate KL smaller; raise max_data."
+            f"{found.num_data} it may be larger, and the aggregate KL smaller; take more data (max_data)."
         )
     if found.undivided:
         lines.append(f"{', '.join(found.undivided)}: counted in the sum, not by dimension.")
