@@ -403,7 +403,7 @@ def by_datum(value: Tensor, layout: Layout, name: str) -> Tensor:
 
 
 def simulate(
-    model: Program, batch: Batch, *, guide: Program | None = None
+    model: Program, batch: Batch, *, guide: Program | None = None, check: bool = True
 ) -> tuple[dict[str, Tensor], Batch]:
     """Draw latents from the model, and data given them, in the form of a batch.
 
@@ -413,6 +413,7 @@ def simulate(
             lengths, masks) is passed on and stays as it is.
         guide: Draws the latents given the batch instead of the model's prior, so that the data
             are draws of the posterior predictive.
+        check: Make sure that the model does not read what it is to draw.
 
     Returns:
         Latent site -> values ``(B, ...)``, and the batch with what the model drew.
@@ -424,7 +425,8 @@ def simulate(
     args, kwargs = arguments(batch)
     with _quiet(batch):
         observed = _observed_entries(model, batch)
-        _refuse_reading(model, batch, observed)
+        if check:
+            _refuse_reading(model, batch, observed)
     with torch.no_grad(), poutine.block():
         drawn = {}
         if guide is not None:

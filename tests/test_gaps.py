@@ -108,11 +108,11 @@ def test_noise_is_the_spread_over_seeds(model, x):
     truth = best_diagonal_gap(model, x).mean()
     guide = diagonal_guide(model, move=0.0, widen=1.0)
     scores = []
-    for seed in range(8):
+    for seed in range(6):
         found = gaps(model, guide, x[:20], num_particles=500, tolerance=1e9, seed=seed)
         row = next(row for row in found.rows() if row["part"] == "approximation")
         scores.append((row["nats"] - float(truth)) / row["noise"])
-    assert float(torch.tensor(scores).square().mean()) < 1 + SE * math.sqrt(2 / 8)
+    assert float(torch.tensor(scores).square().mean()) < 1 + SE * math.sqrt(2 / 6)
 
 
 def test_a_tight_bound_says_so(model, x):
@@ -197,7 +197,7 @@ def test_other_classes_are_taken_apart(family):
 
     torch.manual_seed(0)
     x = (torch.randn(10, 2).exp() + 0.3).double()
-    found = gaps(model, guide, x, num_particles=300)
+    found = gaps(model, guide, x, num_particles=300, tolerance=0.01)
     assert float(found.amortisation.min()) > -SE * float(found.noise["amortisation"].max())
     assert float(found.amortisation.mean()) > 0.1
     assert found.shifted_sites == ()
@@ -226,12 +226,12 @@ def test_wrong_use_gets_one_sentence(model, x):
     given = gaps(mixture, mixture.posterior_guide, data, best_elbo=mixture.log_evidence(data))
     assert abs(float(given.total.mean())) < 1e-9
 
-    def uniform(x):
+    def point(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Uniform(x[:, :3] * 0 - 5, x[:, :3] * 0 + 5).to_event(1))
+            pyro.sample("z", dist.Delta(x[:, :3]).to_event(1))
 
-    with pytest.raises(ProgramError, match=r"site 'z' \(Independent\).*pass best_elbo="):
-        gaps(model, uniform, x)
+    with pytest.raises(ProgramError, match=r"site 'z' .*no entropy.*pass best_elbo="):
+        gaps(model, point, x)
 
     def shared(x):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))

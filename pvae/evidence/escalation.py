@@ -37,7 +37,7 @@ Estimate = Callable[..., Evidence]
 
 _UNMET = "; tolerance not met"
 _NOISE = 4.5  # standard errors of a paired difference that chance may explain
-_STREAM = 104 * 2**32  # apart from that of data simulated with the same small seed
+_STREAM = 104 * 10**7  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = 2**13
 
 

@@ -30,7 +30,7 @@ __all__ = ["Gaps", "gaps"]
 Progress = Callable[[int, int], None]
 Moves = dict[str, dict[str, Tensor]]  # site -> parameter -> (B, ...), in unconstrained space
 
-_STREAM = 101 * 2**32  # apart from that of data simulated with the same small seed
+_STREAM = 101 * 10**7  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = 2**13  # particles x data held at once, forward and backward
 _ROUND = 20  # steps between two looks at the objective
 _HALVINGS = 5  # the learning rate is halved so often before a block is done
@@ -232,7 +232,10 @@ def _family(model: Any, guide: Any, rows: Any, layout: Layout) -> tuple[Moves, s
         moves[name] = offsets(name, distribution)
         return distribution
 
-    draw(model, rewritten(guide, start), rows, 1, layout=_one_by_one(layout))
+    try:
+        draw(model, rewritten(guide, start), rows, 1, layout=_one_by_one(layout))
+    except ProgramError as error:  # Pyro adds its table of shapes to every message
+        raise ProgramError(str(error).partition("\nTrace Shapes")[0]) from error
     partial = set()
     for name, site in latent_sites(model, guide, rows, 2, layout).items():
         here = site.posterior.log_prob(site.value[:1].expand_as(site.value))

@@ -35,7 +35,7 @@ __all__ = ["Dimension", "Information", "information"]
 
 _ACTIVE = 1e-2  # Burda et al. (2016): variance over the data of the posterior mean
 _COLLAPSED = 0.05  # nats of KL below which a dimension that is not active is its prior
-_STREAM = 102 * 2**32  # apart from that of data simulated with the same small seed
+_STREAM = 102 * 10**7  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = 2**22  # numbers held at once by the aggregate posterior
 
 
