@@ -332,7 +332,7 @@ def measured_curve(
         guide: The inference program.
         x: Data, N rows.
         sizes: k, growing.
-        num_draws: Draws per datum at each k, cut into runs of k (at least two runs).
+        num_draws: Draws per datum at each k, cut into runs of k (2 to 128 of them).
         seed: Seed of the draws.
 
     Raises:
@@ -353,7 +353,7 @@ def measured_curve(
         for size in sizes:
             block = max(1, min(total, 2**16 // size))
             runs = []
-            for _ in range(max(2, num_draws // size)):
+            for _ in range(max(2, min(128, num_draws // size))):
                 parts = []
                 for start in range(0, total, block):
                     index = torch.arange(start, min(start + block, total), device=device)
