@@ -402,7 +402,8 @@ def _conclusions(found: Information) -> list[str]:
     if found.saturated:
         lines.append(
             f"The information is near its ceiling log N = {math.log(found.num_data):.2f}: with N = "
-            f"{found.num_data} it may be larger, and the aggregate KL smaller; take more data (max_data)."
+            f"{found.num_data} it may be larger, and the aggregate KL smaller; take more data "
+            "(max_data)."
         )
     if found.undivided:
         lines.append(f"{', '.join(found.undivided)}: counted in the sum, not by dimension.")
