@@ -1,4 +1,4 @@
-"""The command line: ``pvae train | evaluate | compare | sample | list``.
+"""The command line: ``pvae train | evaluate | diagnose | compare | sample | list``.
 
 It reads words, options and configuration files; :mod:`pvae.commands` does the work. A mistake of
 the user's is one line on standard error and an exit code that is not zero.
@@ -133,6 +133,39 @@ def _fill_evaluate(parser: _Parser) -> None:
         "--split", choices=("test", "valid", "train"), default="test", help="which data (test)"
     )
     parser.add_argument("--data", metavar="D", help="other data than the run was trained on")
+    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+
+    parser.add_argument(
+        "--method",
+        choices=("importance", "annealed", "smc", "auto"),
+        default="importance",
+        help="the estimator; auto takes a stronger one where a datum needs it (importance)",
+    )
+    parser.add_argument(
+        "--tolerance", type=_real, metavar="NATS", help="auto: largest error of a datum (0.1)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_real,
+        metavar="N",
+        help="auto: evaluations of the log joint per datum, on average (20000)",
+    )
+    parser.add_argument(
+        "--num-temperatures", type=_whole, metavar="T", help="annealed and smc (1000)"
+    )
+
+
+def _fill_diagnose(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
+    parser.add_argument(
+        "--num-data", type=_whole, metavar="N", default=1000, help="test data, the first N (1000)"
+    )
+    parser.add_argument(
+        "--num-particles", type=_whole, metavar="K", default=1000, help="draws per datum (1000)"
+    )
+    parser.add_argument(
+        "--num-runs", type=_whole, metavar="N", default=2000, help="simulated data (2000)"
+    )
     parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
 
 
@@ -300,6 +333,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
         _parsed(commands.evaluate),
         _fill_evaluate,
         "estimate the held-out log evidence of a run",
+    ),
+    "diagnose": (
+        _parsed(commands.diagnose),
+        _fill_diagnose,
+        "say where the bound is lost, what the latents carry and whether the guide is calibrated",
     ),
     "compare": (
         _parsed(commands.compare),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import __version__, catalogue, roster, runs
-from pvae.errors import DataError, OptionError, RunError
+from pvae.errors import DataError, OptionError, ProgramError, RunError
 
 if TYPE_CHECKING:
     from pvae.comparison import Board
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pvae.roster import Entry
     from pvae.training import Run
 
-__all__ = ["Programs", "compare", "evaluate", "list_names", "sample", "train"]
+__all__ = ["Programs", "compare", "diagnose", "evaluate", "list_names", "sample", "train"]
 
 _FIT = (
     "epochs",
@@ -239,17 +240,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     import torch
 
-    from pvae.evidence import importance
-
-    with _progress(f"importance sampling, K = {arguments.num_particles}") as progress:
-        evidence = importance(
-            run.model,
-            run.guide,
-            split.x,
-            arguments.num_particles,
-            seed=arguments.seed,
-            progress=progress,
-        ).shifted(split.log_det)
+    evidence, curve = _estimate(arguments, run, split)
     seconds = time.perf_counter() - started
     about = _evidence_facts(evidence, dataset) | {
         "split": arguments.split,
@@ -261,9 +252,56 @@ def evaluate(arguments: argparse.Namespace) -> None:
         with torch.no_grad():
             exact = run.model.log_evidence(split.x).double() + split.log_det
         about["exact_log_evidence"] = float(exact.mean())
+    if curve is not None:
+        shift = float(split.log_det[:200].mean())
+        bounds = [bound + shift for bound in curve.bounds]
+        about["curve"] = {"k": list(curve.sizes), "bound": bounds, "stderr": list(curve.stderr)}
     _write_evidence(run, dataset, split, evidence, about, folder)
     _say(_evidence_in_words(about))
+    if evidence.methods is not None:
+        from pvae.evidence import escalation_report
+
+        _say(escalation_report(evidence))
     _say(f"wrote {folder}: evidence.json, evidence.nc, figures/evidence.png")
+
+
+def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any, Any]:
+    """Evidence by the method asked for, on the original scale, and L_k where weights allow it."""
+    from pvae import evidence
+
+    method, pair, seed = arguments.method, (run.model, run.guide, split.x), arguments.seed
+    if arguments.tolerance is not None and method != "auto":
+        raise OptionError(f"--tolerance is for --method auto, got --method {method}: leave one out")
+    if arguments.budget is not None and method != "auto":
+        raise OptionError(f"--budget is for --method auto, got --method {method}: leave one out")
+    if arguments.num_temperatures is not None and method not in ("annealed", "smc"):
+        raise OptionError(
+            f"--num-temperatures is for --method annealed or smc, got --method {method}"
+        )
+    if method in ("annealed", "smc"):
+        estimator = getattr(evidence, method, None)
+        if estimator is None:
+            raise OptionError(f"--method {method} is not in this version: use importance or auto")
+        temperatures = arguments.num_temperatures or 1000
+        with _progress(f"{method}, {temperatures} temperatures") as progress:
+            found = estimator(*pair, num_temperatures=temperatures, seed=seed, progress=progress)
+        return found.shifted(split.log_det), None
+    if method == "auto":
+        tolerance = 0.1 if arguments.tolerance is None else arguments.tolerance
+        budget = 20_000 if arguments.budget is None else arguments.budget
+        with _progress("escalating where the error is too large") as progress:
+            found = evidence.auto(
+                *pair, tolerance=tolerance, budget=budget, seed=seed,
+                num_particles=min(arguments.num_particles, 1000),
+                progress=lambda rung, done, total: progress(done, total),
+            )  # fmt: skip
+    else:
+        with _progress(f"importance sampling, K = {arguments.num_particles}") as progress:
+            found = evidence.importance(
+                *pair, arguments.num_particles, seed=seed, progress=progress
+            )
+    curve = evidence.measured_curve(run.model, run.guide, split.x[:200], seed=seed)
+    return found.shifted(split.log_det), curve
 
 
 def _data_for(config: dict[str, Any], other: str | None) -> Dataset:
@@ -341,6 +379,108 @@ def _write_evidence(
         runs.save_figure(
             lambda: plots.weights_diagnostics(evidence), aside / "figures" / "evidence.png"
         )
+
+
+def diagnose(arguments: argparse.Namespace) -> None:
+    """``pvae diagnose``: gap ledger, latents, calibration and predictive checks of a run."""
+    for option in ("num_data", "num_particles", "num_runs"):
+        if getattr(arguments, option) < 2:
+            raise OptionError(
+                f"--{option.replace('_', '-')} must be at least 2, got {getattr(arguments, option)}"
+            )
+    folder = Path(arguments.run)
+    config, run = runs.read_config(folder), runs.load(folder)
+    dataset = _data_for(config, None)
+    rows = dataset.test.x[: arguments.num_data]
+    _say(f"{dataset.description()}; the first {len(rows)} of the test split")
+    found, skipped = {}, {}
+    with _threads(dataset):
+        for title, work in _diagnoses(run, rows, dataset, arguments).items():
+            with _progress(title) as progress:
+                try:
+                    found[title] = work(progress)
+                except ProgramError as error:
+                    skipped[title] = str(error)
+            _say(f"\n{title}")
+            _say(skipped[title] if title in skipped else found[title].report())
+    if not found:
+        raise ProgramError(next(iter(skipped.values())))
+    _write_diagnosis(found, skipped, folder, dataset, arguments)
+    _say(f"\nwrote {folder}: diagnosis.json, tables as csv, figures")
+
+
+def _diagnoses(
+    run: Run, rows: Any, dataset: Dataset, arguments: argparse.Namespace
+) -> dict[str, Callable[[Callable[[int, int], None]], Any]]:
+    from pvae import evidence
+
+    model, guide, seed = run.model, run.guide, arguments.seed
+    back = dataset.transform.inverse
+    statistics = {
+        "mean": lambda x: back(x).double().mean(),
+        "standard deviation": lambda x: back(x).double().std(),
+        "spread of row means": lambda x: back(x).double().flatten(1).mean(1).std(),
+        "spread within rows": lambda x: back(x).double().flatten(1).std(1).mean(),
+    }
+    return {
+        "gaps": lambda progress: evidence.gaps(
+            model, guide, rows, num_particles=arguments.num_particles, seed=seed, progress=progress
+        ),
+        "latents": lambda _: evidence.information(model, guide, rows, seed=seed),
+        "calibration": lambda progress: evidence.calibration(
+            model, guide, rows, num_runs=arguments.num_runs, seed=seed, progress=progress
+        ),
+        "predictive": lambda progress: evidence.predictive_checks(
+            model, rows, statistics, guide=guide, seed=seed, progress=progress
+        ),
+    }
+
+
+def _write_diagnosis(
+    found: Mapping[str, Any],
+    skipped: Mapping[str, str],
+    folder: Path,
+    dataset: Dataset,
+    arguments: argparse.Namespace,
+) -> None:
+    from pvae import plots
+
+    pictures: dict[str, dict[str, Callable[[Any], Any]]] = {
+        "gaps": {"gaps": plots.gap_ledger},
+        "latents": {"latent_information": plots.latent_information},
+        "calibration": {
+            "rank_histograms": plots.rank_histograms,
+            "coverage": plots.coverage_curves,
+        },
+        "predictive": {"predictive_checks": plots.predictive_histograms},
+    }
+    content: dict[str, Any] = {
+        "data": dataset.description(), "num_data": arguments.num_data, "seed": arguments.seed,
+        "units": "nats per datum", "skipped": dict(skipped),
+    }  # fmt: skip
+    with runs.publish(folder) as aside:
+        for title, result in found.items():
+            table = result.rows()
+            content[title] = {"rows": table, "report": result.report()}
+            _write_csv(aside / f"{title}.csv", table)
+            for name, picture in pictures[title].items():
+                runs.save_figure(
+                    functools.partial(picture, result), aside / "figures" / f"{name}.png"
+                )
+        runs.write_json(aside / "diagnosis.json", content)
+
+
+def _write_csv(path: Path, table: list[dict[str, Any]]) -> None:
+    import csv
+    import io
+
+    from pvae.checkpoints import write_aside
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]) if table else [])
+    writer.writeheader()
+    writer.writerows(table)
+    write_aside(path, text.getvalue().encode())
 
 
 def sample(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -25,15 +25,22 @@ from pvae.errors import DataError, ProgramError
 
 __all__ = [
     "Gate",
+    "LatentSite",
     "Layout",
     "Particles",
+    "by_datum",
     "draw",
+    "guide_log_prob",
     "inspect",
+    "latent_sites",
     "log_joint",
     "named_tensors",
     "parameters",
     "plate_scale",
+    "rewritten",
     "sample_guide",
+    "sample_observed",
+    "simulate",
     "sum_terms",
 ]
 
@@ -183,6 +190,18 @@ class _Detach(Messenger):  # type: ignore[misc]
             msg["value"] = msg["value"].detach()
 
 
+class _Rewrite(Messenger):  # type: ignore[misc]
+    """Gives latent sites other distributions."""
+
+    def __init__(self, change: Callable[[str, Any], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+            msg["fn"] = self.change(msg["name"], msg["fn"])
+
+
 class Gate:
     """Identity on draws whose backward pass multiplies by ``coefficient`` ``(K, B)``, set later."""
 
@@ -327,6 +346,179 @@ def log_joint(
     trace = _run_model(model, batch, values, num_particles, layout)
     terms = _terms(_sites(trace), layout, num_particles, _num_data(trace, layout, batch))
     return sum_terms({n: t for n, t in terms.items() if t.dim() == 2})
+
+
+class LatentSite(NamedTuple):
+    """A latent site as guide and model see it; batch shapes begin with K where it was drawn."""
+
+    value: Tensor
+    posterior: Any
+    prior: Any
+
+
+def latent_sites(
+    model: Program, guide: Program, batch: Batch, num_particles: int, layout: Layout
+) -> dict[str, LatentSite]:
+    """Draws of the guide with ``q(site | ...)`` and ``p(site | ...)`` of each local latent site."""
+    guide_trace = _run_guide(guide, batch, num_particles, layout, detach=False)
+    model_trace = _run_model(model, batch, _site_values(guide_trace), num_particles, layout)
+    return {
+        name: LatentSite(
+            guide_trace.nodes[name]["value"],
+            guide_trace.nodes[name]["fn"],
+            model_trace.nodes[name]["fn"],
+        )
+        for name in layout.latents
+    }
+
+
+def guide_log_prob(
+    guide: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> Tensor:
+    """``log q(z | x)`` of given values, summed over the sites: ``(K, B)``, nats.
+
+    Values may have one row for all data, ``(K, 1, ...)``: each is then weighed under every datum.
+    """
+    args, kwargs = arguments(batch)
+    program = _Substitute(values)(_plated(guide, num_particles, layout))
+    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    terms = _terms(_latents(trace), layout, num_particles, _num_data(trace, layout, batch))
+    return sum_terms({n: t for n, t in terms.items() if t.dim() == 2})
+
+
+def rewritten(program: Program, change: Callable[[str, Any], Any]) -> Program:
+    """The program with other distributions at its latent sites.
+
+    Args:
+        program: A model or a guide.
+        change: Gets a site's name and distribution, batch shape ``(B,)``, and returns another.
+    """
+    return _Rewrite(change)(program)  # type: ignore[no-any-return]
+
+
+def by_datum(value: Tensor, layout: Layout, name: str) -> Tensor:
+    """A site's draws ``(K, inner plates, B, inner plates, event)`` with the data second."""
+    data_dim = value.dim() - layout.event_dims[name] + layout.data_dim
+    return value.movedim(data_dim, 1)
+
+
+def simulate(
+    model: Program, batch: Batch, *, guide: Program | None = None, check: bool = True
+) -> tuple[dict[str, Tensor], Batch]:
+    """Draw latents from the model, and data given them, in the form of a batch.
+
+    Args:
+        model: The generative program.
+        batch: A template of B rows. What the model observes of it is replaced; the rest (labels,
+            lengths, masks) is passed on and stays as it is.
+        guide: Draws the latents given the batch instead of the model's prior, so that the data
+            are draws of the posterior predictive.
+        check: Make sure that the model does not read what it is to draw.
+
+    Returns:
+        Latent site -> values ``(B, ...)``, and the batch with what the model drew.
+
+    Raises:
+        ProgramError: An observed site is no tensor of the batch, or the model reads what it is to
+            draw (as an autoregressive decoder does).
+    """
+    args, kwargs = arguments(batch)
+    with _quiet(batch):
+        observed = _observed_entries(model, batch)
+        if check:
+            _refuse_reading(model, batch, observed)
+    with torch.no_grad(), poutine.block():
+        drawn = {}
+        if guide is not None:
+            drawn = _site_values(poutine.trace(guide).get_trace(*args, **kwargs))
+        trace = poutine.trace(_generator(model, drawn)).get_trace(*args, **kwargs)
+    latents = {
+        n: node["value"] for n, node in _latents(trace).items()
+        if n not in observed and not node["infer"].get("was_observed")
+    }  # fmt: skip
+    made = {key: trace.nodes[name]["value"] for name, key in observed.items()}
+    return latents, _with_entries(batch, made)
+
+
+def sample_observed(
+    model: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> dict[str, Tensor]:
+    """Observed site -> draws ``(K, B, ...)`` of ``p(x | z)``, given latents ``(K, B, ...)``."""
+    args, kwargs = arguments(batch)
+    program = _generator(_plated(model, num_particles, layout), values)
+    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    return {name: trace.nodes[name]["value"] for name in layout.observed}
+
+
+def _generator(model: Program, values: Mapping[str, Any]) -> Program:
+    return _Substitute(values)(poutine.uncondition(model))  # type: ignore[no-any-return]
+
+
+def _observed_entries(model: Program, batch: Batch) -> dict[str, Any]:
+    """Observed site -> key of the batch's tensor that it observes."""
+    args, kwargs = arguments(batch)
+    trace = _attempt("model", poutine.trace(model), args, kwargs)
+    entries = dict([*enumerate(args), *kwargs.items()])
+    found = {}
+    for name, node in _sites(trace).items():
+        if not node["is_observed"]:
+            continue
+        keys = [key for key, entry in entries.items() if _is_same(node["value"], entry)]
+        if not keys:
+            raise ProgramError(
+                f"observed site {name!r} is computed from the batch, not a tensor of it, so data "
+                "cannot be simulated in the batch's form: observe the batch's own tensor, or pass "
+                "simulator="
+            )
+        found[name] = keys[0]
+    return found
+
+
+def _is_same(value: Any, entry: Any) -> bool:
+    """Whether a site's value is an entry of the batch, or a view of it of another shape."""
+    if not (isinstance(value, Tensor) and isinstance(entry, Tensor)):
+        return False
+    return value is entry or (
+        value.data_ptr() == entry.data_ptr()
+        and value.numel() == entry.numel()
+        and value.dtype == entry.dtype
+        and value.is_contiguous()
+        and entry.is_contiguous()
+    )
+
+
+def _with_entries(batch: Batch, made: Mapping[Any, Tensor]) -> Batch:
+    def entry(key: Any, old: Any) -> Any:
+        return made[key].reshape(old.shape).to(old.dtype) if key in made else old
+
+    if isinstance(batch, Mapping):
+        return {key: entry(key, old) for key, old in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(entry(key, old) for key, old in enumerate(batch))
+    return entry(0, batch)
+
+
+def _refuse_reading(model: Program, batch: Batch, observed: Mapping[str, Any]) -> None:
+    """Other data in the template must give the same draws."""
+    args, kwargs = arguments(batch)
+    entries = dict([*enumerate(args), *kwargs.items()])
+    other = {
+        key: torch.zeros_like(entries[key]) if bool(entries[key].any()) else entries[key] + 1
+        for key in observed.values()
+    }
+    drawn = []
+    for template in (batch, _with_entries(batch, other)):
+        args, kwargs = arguments(template)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            trace = _attempt("model", poutine.trace(_generator(model, {})), args, kwargs)
+        drawn.append({name: trace.nodes[name]["value"] for name in observed})
+    for name in observed:
+        if not torch.equal(drawn[0][name], drawn[1][name]):
+            raise ProgramError(
+                f"the model reads its data while it draws site {name!r} (as an autoregressive "
+                "decoder does), so what it draws is no sample: pass simulator="
+            )
 
 
 def parameters(model: Program, guide: Program, batch: Batch) -> dict[str, nn.Parameter | Tensor]:

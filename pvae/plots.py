@@ -28,11 +28,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pvae.comparison import Board
+    from pvae.evidence import Calibration, Gaps, Information, PredictiveChecks
 
 __all__ = [
     "board",
+    "coverage_curves",
     "evidence_against",
+    "gap_ledger",
+    "latent_information",
     "latent_scatter",
+    "predictive_histograms",
+    "rank_histograms",
     "reconstructions",
     "samples_beside_data",
     "save",
@@ -329,6 +335,165 @@ def weights_diagnostics(evidence: Evidence) -> Figure:
     for axes in (left, right):
         _polish(axes)
         axes.title.set_fontsize(11)
+    return figure
+
+
+def gap_ledger(gaps: Gaps) -> Figure:
+    """``log p - ELBO`` in parts: their means ± 2 SE, and each datum's parts by size of its gap.
+
+    Args:
+        gaps: What :func:`pvae.evidence.gaps` found.
+    """
+    parts = {
+        "approximation": _numbers(gaps.approximation + gaps.estimation),
+        "amortisation": _numbers(gaps.amortisation),
+    }
+    figure = _figure(10, 4)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    for place, ((name, values), colour) in enumerate(zip(parts.items(), _COLOURS, strict=False)):
+        error = 2 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        left.bar(place, values.mean(), 0.6, yerr=error, capsize=4, color=colour, label=name)
+        left.annotate(
+            f"{values.mean():.3g}", (place, values.mean()), (26, 4), textcoords="offset points",
+            ha="center", fontsize=9,
+        )  # fmt: skip
+    left.set_xticks(range(2), list(parts))
+    left.set(ylabel="nats per datum ± 2 SE")
+    left.set_title(f"log p(x) − ELBO = {float(gaps.total.mean()):.3g} nats", fontsize=11)
+    order = np.argsort(_numbers(gaps.total))
+    shown = order[np.linspace(0, len(order) - 1, min(len(order), 300)).astype(int)]
+    floor, places = np.zeros(len(shown)), np.linspace(0, 100, len(shown))
+    for (name, values), colour in zip(parts.items(), _COLOURS, strict=False):
+        top = floor + np.maximum(values[shown], 0)
+        right.fill_between(places, floor, top, color=colour, alpha=0.85, lw=0, label=name)
+        floor = top
+    right.set(xlabel="data, by the size of their gap (%)", ylabel="nats")
+    right.set_title(f"Each of {len(gaps)} data", fontsize=11)
+    for axes in (left, right):
+        _polish(axes)
+    right.legend(frameon=False, fontsize=9, loc="upper left")
+    return figure
+
+
+def latent_information(information: Information) -> Figure:
+    """Mean KL of each latent dimension, largest first: information and aggregate KL stacked.
+
+    Args:
+        information: What :func:`pvae.evidence.information` found.
+    """
+    rows = sorted(information.dimensions, key=lambda each: -each.kl)[:60]
+    if not rows:
+        raise DataError("no latent site falls into dimensions: there is nothing to draw")
+    figure, axes = _subplots(max(7.0, 2.5 + 0.28 * len(rows)), 4.2)
+    places = np.arange(len(rows))
+    known = np.array([each.kl if each.mutual_information is None else each.mutual_information
+                      for each in rows])  # fmt: skip
+    rest = np.array([each.marginal_kl or 0.0 for each in rows])
+    axes.bar(places, known, 0.75, color=_COLOURS[0], label="mutual information")
+    axes.bar(
+        places, rest, 0.75, bottom=known, color=_COLOURS[4], label="aggregate KL(q(z) || p(z))"
+    )
+    collapsed = [k for k, each in enumerate(rows) if each.collapsed]
+    if collapsed:
+        axes.plot(collapsed, np.zeros(len(collapsed)), "v", color=_COLOURS[1], ms=7,
+                  label="collapsed", clip_on=False, zorder=5)  # fmt: skip
+    names = [f"{_words(each.site, 12)}[{each.index}]" for each in rows]
+    axes.set_xticks(places, names, rotation=90 if len(rows) > 8 else 0)
+    axes.set(ylabel="nats per datum")
+    axes.set_title(
+        f"KL of each latent dimension: {information.active_units} of {len(information.dimensions)} "
+        "active", fontsize=11,
+    )  # fmt: skip
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def rank_histograms(calibration: Calibration) -> Figure:
+    """Rank histograms with the band that 99 % of calibrated bars lie in; rejected ones in red.
+
+    Args:
+        calibration: What :func:`pvae.evidence.calibration` found; at most 16 quantities are drawn,
+            the least uniform coordinates and all others.
+    """
+    shown = _shown_quantities(calibration)
+    rows, columns = _rows_and_columns(len(shown))
+    figure, grid = _grid(
+        rows, columns, width=2.9 * columns + 0.6, height=2.3 * rows + 0.9, bare=False
+    )
+    for axes in grid[len(shown) :]:
+        axes.set_axis_off()
+    bins, number = calibration.num_bins, len(calibration)
+    expected = number / bins
+    band = 2.576 * math.sqrt(expected * (1 - 1 / bins))
+    ranks, rejected = _numbers(calibration.ranks), set(calibration.rejected)
+    for axes, q in zip(grid, shown, strict=False):
+        counts = np.bincount(ranks[:, q] * bins // (calibration.num_draws + 1), minlength=bins)
+        name = calibration.names[q]
+        colour = _COLOURS[1] if name in rejected else _COLOURS[0]
+        axes.axhspan(expected - band, expected + band, color="#DDDDDD", lw=0)
+        axes.bar((np.arange(bins) + 0.5) / bins, counts, 1 / bins, color=colour, ec="white", lw=0.4)
+        axes.set_title(_words(name, 28), fontsize=9)
+    figure.supxlabel("rank of the truth among the draws, as a share", fontsize=9)
+    figure.suptitle(
+        f"{number} simulated data, {calibration.num_draws} draws: {len(rejected)} of "
+        f"{len(calibration.names)} quantities rejected", fontsize=11,
+    )  # fmt: skip
+    return figure
+
+
+def _shown_quantities(calibration: Calibration) -> list[int]:
+    names = calibration.names
+    p = np.minimum(*(_numbers(each) for each in calibration.p_values))
+    others = [q for q, name in enumerate(names) if " " in name]
+    coordinates = sorted((q for q in range(len(names)) if q not in others), key=lambda q: p[q])
+    return sorted(coordinates[: 16 - len(others)]) + others
+
+
+def coverage_curves(calibration: Calibration) -> Figure:
+    """How often the truth lies in the region of each nominal level, against the diagonal.
+
+    Args:
+        calibration: What :func:`pvae.evidence.calibration` found.
+    """
+    levels = np.linspace(0, 1, 101)
+    found = 100 * _numbers(calibration.coverage(levels.tolist()))
+    figure, axes = _subplots(6.6, 5)
+    band = 100 * 2.576 * np.sqrt(levels * (1 - levels) / len(calibration))
+    axes.fill_between(100 * levels, 100 * levels - band, 100 * levels + band, color="#DDDDDD", lw=0,
+                      label="99 % of calibrated curves, at each level")  # fmt: skip
+    axes.axline((0, 0), slope=1, color=_GREY, lw=1)
+    own = {name for name in calibration.names if " " in name}
+    lines = [q for q, name in enumerate(calibration.names) if name not in own]
+    for k, q in enumerate(lines):
+        label = "latent coordinates, central intervals" if k == 0 else None
+        axes.plot(100 * levels, found[:, q], color=_COLOURS[0], lw=1, alpha=0.6, label=label)
+    for name, colour in (("log q", _COLOURS[1]), ("log joint", _COLOURS[2])):
+        if name in calibration.names:
+            q = calibration.names.index(name)
+            label = f"densest region by {name}"
+            axes.plot(100 * levels, found[:, q], color=colour, lw=2, label=label)
+    axes.set(xlabel="nominal level (%)", ylabel="truth inside (%)", xlim=(0, 100), ylim=(0, 100))
+    axes.set_title(f"Coverage over {len(calibration)} simulated data", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return figure
+
+
+def predictive_histograms(checks: PredictiveChecks) -> Figure:
+    """Each statistic of replicated data, with its value on the data.
+
+    Args:
+        checks: What :func:`pvae.evidence.predictive_checks` found.
+    """
+    names = list(checks.observed)
+    rows, columns = _rows_and_columns(len(names))
+    figure, grid = _grid(rows, columns, width=3.2 * columns, height=2.8 * rows, bare=False)
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid, names, strict=False):
+        axes.hist(_numbers(checks.replicated[name]), 24, color=_COLOURS[5], ec="white", lw=0.4)
+        axes.axvline(checks.observed[name], color=_COLOURS[1], lw=2)
+        axes.set_title(f"{_words(name, 26)}, p = {checks.p_values[name]:.2g}", fontsize=10)
+    figure.supxlabel("replicated data (bars) and the data (line)", fontsize=9)
     return figure
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import warnings
 
 import arviz
 import numpy as np
 import pytest
 import torch
 
-from pvae.arviz import posterior_draws, to_inference_data, to_netcdf
+from pvae.arviz import posterior_draws, stream_netcdf, to_inference_data, to_netcdf
 from pvae.errors import DataError, OptionError
 from pvae.evidence import Evidence
 from pvae.guides.exact import Exact
@@ -134,3 +137,98 @@ def test_no_draws_are_refused():
     model = FactorAnalysis(3, z_dim=2)
     with pytest.raises(OptionError, match="at least 1, got 0"):
         posterior_draws(model, Exact(model), torch.zeros(2, 3), 0)
+
+
+# --- streaming, and what ArviZ says of it --------------------------------------------------------
+
+
+def streamed(tmp_path, num_data=30, **options):
+    torch.manual_seed(0)
+    model = FactorAnalysis(4, z_dim=2).double().requires_grad_(False)
+    x = model(size=num_data)
+    path = stream_netcdf(tmp_path / "all.nc", model, Exact(model), x, num_draws=200, **options)
+    return model, x, arviz.from_netcdf(str(path))
+
+
+def test_streamed_groups_hold_the_draws_and_what_they_weigh(tmp_path):
+    found = importance_like(30)
+    labels = torch.arange(30) % 3
+    model, x, data = streamed(tmp_path, predictive=True, evidence=found, labels=labels,
+                              attrs={"run": "first"})  # fmt: skip
+    posterior = data["posterior"]
+    assert posterior["z"].dims == ("chain", "draw", "datum", "z_dim_0")
+    assert posterior["z"].shape == (1, 200, 30, 2)
+    assert data["posterior_predictive"]["x"].shape == (1, 200, 30, 4)
+    z = torch.tensor(posterior["z"].values[0])
+    expected = model.decode(z).log_prob(x)
+    assert np.allclose(data["log_likelihood"]["x"].values[0], expected.numpy())
+    assert np.array_equal(data["observed_data"]["x"].values, x.numpy())
+    assert np.array_equal(posterior["label"].values, labels.numpy())
+    assert posterior.attrs["run"] == "first"
+    group = data["marginal_evidence"]
+    assert list(group["estimator"].values) == list(found.methods)
+    assert np.array_equal(group["pareto_k"].values, found.pareto_k.numpy())
+    assert [p.name for p in tmp_path.iterdir()] == ["all.nc"]
+
+
+def importance_like(num_data):
+    methods = tuple("psis" if k % 2 else "importance" for k in range(num_data))
+    values = torch.arange(num_data, dtype=torch.float64)
+    return Evidence(-values, values, values, values, values, 9, method="auto", methods=methods)
+
+
+def test_blocks_do_not_show(tmp_path, monkeypatch):
+    monkeypatch.setattr("pvae.arviz._BLOCK", 900)
+    model, x, data = streamed(tmp_path)
+    mean = torch.tensor(data["posterior"]["z"].values[0]).mean(0)
+    posterior = model.posterior(x)["z"]
+    z = (mean - posterior.mean) / (posterior.stddev / math.sqrt(200))
+    assert float(z.abs().max()) < 4.5
+
+
+def test_summary_is_of_the_posterior(tmp_path):
+    model, x, data = streamed(tmp_path, 3)
+    table = arviz.summary(data["posterior"], kind="stats")
+    truth = model.posterior(x)["z"].mean.flatten().numpy()
+    assert np.abs(table["mean"].to_numpy() - truth).max() < 4.5 / math.sqrt(200) + 0.001
+
+
+def test_conditional_loo_answers_another_question(tmp_path):
+    """It leaves out x_n of its own latent, not of the model: far from the sum of log p(x_n)."""
+    model, x, data = streamed(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loo = arviz.loo(data)
+    evidence = float(model.log_evidence(x).sum())
+    assert loo.n_data_points == 30
+    assert abs(float(loo.elpd_loo) - evidence) > 3
+
+
+def test_a_failed_stream_leaves_nothing(tmp_path):
+    with pytest.raises(DataError, match="labels are of 7 data|disagree about the data"):
+        streamed(tmp_path, labels=torch.zeros(7))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OptionError, match="at least 1, got 0"):
+        stream_netcdf(tmp_path / "x.nc", None, None, torch.zeros(2, 3), num_draws=0)
+
+
+def test_twenty_thousand_data_never_stand_in_memory(tmp_path):
+    code = (
+        "import resource, sys, torch\n"
+        "from pvae.arviz import stream_netcdf\n"
+        "from pvae.guides.exact import Exact\n"
+        "from pvae.models.factor_analysis import FactorAnalysis\n"
+        "torch.manual_seed(0)\n"
+        "model = FactorAnalysis(8, z_dim=16).requires_grad_(False)\n"
+        "x = model(size=20_000)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "stream_netcdf(sys.argv[1], model, Exact(model), x[:200])\n"
+        "before = peak()\n"
+        "stream_netcdf(sys.argv[1], model, Exact(model), x)\n"
+        "print(peak() - before)"
+    )
+    path = tmp_path / "big.nc"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert path.stat().st_size > 128e6
+    assert float(done.stdout) < 60

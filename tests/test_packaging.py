@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "rewrites"},
     {"log_weights", "checkpoints", "staging", "precision"},
-    {"networks", "distributions", "models", "guides"},
+    {"networks", "distributions", "families", "models", "guides"},
     {"particles"},
     {"bounds"},
     {"gradients", "schedules"},

@@ -1,7 +1,45 @@
-"""Estimates of the log evidence ``log p(x)`` of a pair, per datum, each with its error."""
+"""Estimates of the log evidence ``log p(x)``, per datum, and diagnoses of a pair."""
 
 from __future__ import annotations
 
+from pvae.evidence.calibration import (
+    Calibration,
+    PredictiveChecks,
+    calibration,
+    predictive_checks,
+)
+from pvae.evidence.escalation import (
+    Curve,
+    Rung,
+    auto,
+    escalation_report,
+    log_evidence_curve,
+    measured_curve,
+    smoothed_importance,
+    standard_ladder,
+)
+from pvae.evidence.gaps import Gaps, gaps
 from pvae.evidence.importance import Evidence, importance
+from pvae.evidence.information import Dimension, Information, information
 
-__all__ = ["Evidence", "importance"]
+__all__ = [
+    "Calibration",
+    "Curve",
+    "Dimension",
+    "Evidence",
+    "Gaps",
+    "Information",
+    "PredictiveChecks",
+    "Rung",
+    "auto",
+    "calibration",
+    "escalation_report",
+    "gaps",
+    "importance",
+    "information",
+    "log_evidence_curve",
+    "measured_curve",
+    "predictive_checks",
+    "smoothed_importance",
+    "standard_ladder",
+]

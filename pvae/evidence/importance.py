@@ -38,6 +38,7 @@ class Evidence:
         num_particles: K.
         kind: ``"exact"``, ``"estimate"`` or ``"lower bound"``.
         method: How it was computed.
+        methods: How each datum's was, where that differs (see ``pvae.evidence.auto``).
     """
 
     log_evidence: Tensor
@@ -48,6 +49,7 @@ class Evidence:
     num_particles: int
     kind: str = "estimate"
     method: str = "importance"
+    methods: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.log_evidence)
