@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from pvae.evidence.annealing import annealed
 from pvae.evidence.importance import Evidence, importance
+from pvae.evidence.sandwich import Sandwich, Simulated, importance_upper, sandwich, simulate
+from pvae.evidence.smc import smc
 
-__all__ = ["Evidence", "importance"]
+__all__ = [
+    "Evidence",
+    "Sandwich",
+    "Simulated",
+    "annealed",
+    "importance",
+    "importance_upper",
+    "sandwich",
+    "simulate",
+    "smc",
+]
