@@ -37,7 +37,7 @@ Schedule = str | Sequence[float] | Tensor | Callable[[int], Tensor]
 Resample = Callable[[Tensor, Point], tuple[Tensor, Point]]
 
 _PILOTS = 16  # chains of each datum by which steps and schedule are found
-_MAX_PAIRS = {"cpu": 2**12}  # a decoder's activations for these stay in the processor's cache
+_MAX_PAIRS = {"cpu": 2**10}  # a decoder's activations for these stay in the processor's cache
 
 
 def annealed(
@@ -52,6 +52,7 @@ def annealed(
     start: str = "guide",
     target_acceptance: float = 0.65,
     max_pairs: int | None = None,
+    compiled: bool = False,
     seed: int = 0,
     data_plate: str | None = None,
     vectorize: bool = True,
@@ -83,8 +84,10 @@ def annealed(
         num_leapfrog: Leapfrog steps of a move.
         start: ``"guide"`` or ``"prior"``: the density that the path starts from.
         target_acceptance: Mean acceptance that the step sizes are adapted to.
-        max_pairs: Cap on chains x data held at once; 4096 on a CPU, 262144 on another device, if
+        max_pairs: Cap on chains x data held at once; 1024 on a CPU, 262144 on another device, if
             left out.
+        compiled: Compile the traced densities: some seconds first, then about half the time for a
+            decoder of the usual size. It needs a C++ compiler.
         seed: Seed of the draws; the caller's random stream is untouched.
         data_plate: Name of the plate that indexes the data, where several could.
         vectorize: Run chains at once.
@@ -104,7 +107,7 @@ def annealed(
     annealer = Annealer(
         model, guide, num_temperatures=num_temperatures, schedule=schedule,
         num_leapfrog=num_leapfrog, start=start, target_acceptance=target_acceptance,
-        max_pairs=max_pairs, data_plate=data_plate, vectorize=vectorize,
+        max_pairs=max_pairs, compiled=compiled, data_plate=data_plate, vectorize=vectorize,
     )  # fmt: skip
 
     def weigh(rows: Any) -> Evidence:
@@ -113,7 +116,7 @@ def annealed(
             annealer.forward(rows, ladder, num_chains), "annealed importance sampling"
         )
 
-    return annealer.over(x, weigh, num_chains=num_chains, seed=seed, progress=progress)
+    return annealer.over(x, weigh, seed=seed, progress=progress)
 
 
 # --- schedules ----------------------------------------------------------------------------------
@@ -251,6 +254,7 @@ class Annealer:
     start: str = "guide"
     target_acceptance: float = 0.65
     max_pairs: int | None = None
+    compiled: bool = False
     data_plate: str | None = None
     vectorize: bool = True
     fixed: Tensor | None = field(init=False)
@@ -299,28 +303,30 @@ class Annealer:
         x: Any,
         weigh: Callable[[Any], Evidence],
         *,
-        num_chains: int,
         seed: int,
-        progress: Progress | None,
+        unit: int = 1,
+        progress: Progress | None = None,
     ) -> Evidence:
         """Evidence of all data, a block after another, under one seed."""
         batch = as_batch(x, device=self.device)
         with evaluation(self.model, self.guide, seed=seed, device=self.device):
-            size = self.look(batch, num_chains)
+            size = self.look(batch, unit)
             pieces = [weigh(rows) for rows in blocks(batch, size, progress)]
         return joined(pieces)
 
-    def look(self, batch: Any, num_chains: int) -> int:
-        """Inspect the pair on the first data, and settle how many are taken at once."""
-        most = min(num_chains, self.cap)
-        size = max(1, min(num_rows(batch), self.cap // max(most, _PILOTS)))
+    def look(self, batch: Any, unit: int = 1) -> int:
+        """Inspect the pair on the first data, and settle how many are taken at once.
+
+        As many as leave room for the pilot chains, or for ``unit`` chains, of each.
+        """
+        size = max(1, min(num_rows(batch), self.cap // max(unit, _PILOTS)))
         rows = next(blocks(batch, size))
         self.layout = inspect(
             self.model, self.guide, rows, data_plate=self.data_plate, vectorize=self.vectorize
         )
         check_continuous(self.model, self.source, rows, self.layout)
         target = self.guide if self.start == "guide" else None
-        self.path = Path(self.model, target, self.layout)
+        self.path = Path(self.model, target, self.layout, compiled=self.compiled)
         return size
 
     def ladder(self, rows: Any) -> Ladder:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pvae.particles import Layout, path_ends
-from pvae.staging import StagingError, capture
+from pvae.staging import StagingError, capture, lower
 
 __all__ = ["Path", "Point", "hoist"]
 
@@ -64,12 +64,14 @@ class Path:
         guide: The inference program; ``None`` for the prior.
         layout: What ``inspect`` found.
         staged: Trace into graphs; without it, or where tracing fails, the programs run as written.
+        compiled: Compile the graphs, where there is a compiler.
     """
 
     model: Any
     guide: Any
     layout: Layout
     staged: bool = True
+    compiled: bool = False
     _graphs: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def on(self, batch: Any) -> Callable[[Tensor], Point]:
@@ -99,7 +101,10 @@ class Path:
         key = tuple(flat.shape), *(getattr(leaf, "shape", leaf) for leaf in leaves)
         try:
             if key not in self._graphs:
-                self._graphs[key] = hoist(capture(lambda u, x: self._ends(u, x), flat, batch))
+                held, moving = hoist(capture(lambda u, x: self._ends(u, x), flat, batch))
+                if self.compiled:
+                    moving = self._lowered(moving, [flat, *held(*leaves)])
+                self._graphs[key] = held, moving
             held, moving = self._graphs[key]
             fixed = held(*leaves)
             _check(moving(flat, *fixed), as_written(flat))
@@ -110,6 +115,14 @@ class Path:
             )
             return as_written
         return lambda flat: moving(flat, *fixed)
+
+    def _lowered(self, graph: Any, inputs: list[Tensor]) -> Any:
+        try:
+            return lower(graph, inputs)
+        except StagingError as error:
+            self.compiled = False
+            warnings.warn(f"the densities are not compiled: {error}", stacklevel=2)
+            return graph
 
 
 def _check(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

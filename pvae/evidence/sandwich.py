@@ -166,13 +166,14 @@ def sandwich(
     *,
     example: Any = None,
     simulated: Simulated | None = None,
-    num_chains: int = 16,
+    num_chains: int = 32,
     num_temperatures: int = 1000,
     schedule: Schedule = "adaptive",
     num_leapfrog: int = 10,
     start: str = "guide",
     target_acceptance: float = 0.65,
     max_pairs: int | None = None,
+    compiled: bool = False,
     seed: int = 0,
     data_plate: str | None = None,
     vectorize: bool = True,
@@ -204,6 +205,7 @@ def sandwich(
         start: ``"guide"`` or ``"prior"``.
         target_acceptance: Mean acceptance that the step sizes are adapted to.
         max_pairs: Cap on chains x data held at once.
+        compiled: Compile the traced densities (see :func:`~pvae.evidence.annealed`).
         seed: Seed of the draws; the caller's random stream is untouched.
         data_plate: Name of the plate that indexes the data, where several could.
         vectorize: Run chains at once.
@@ -221,7 +223,7 @@ def sandwich(
     annealer = Annealer(
         model, guide, num_temperatures=num_temperatures, schedule=schedule,
         num_leapfrog=num_leapfrog, start=start, target_acceptance=target_acceptance,
-        max_pairs=max_pairs, data_plate=data_plate, vectorize=vectorize,
+        max_pairs=max_pairs, compiled=compiled, data_plate=data_plate, vectorize=vectorize,
     )  # fmt: skip
     if simulated is None:
         simulated = simulate(
@@ -230,7 +232,7 @@ def sandwich(
         )  # fmt: skip
     lower, upper = [], []
     with evaluation(model, annealer.guide, seed=seed, device=annealer.device):
-        size = annealer.look(simulated.x, num_chains)
+        size = annealer.look(simulated.x)
         done = 0
         for rows in blocks(simulated.x, size, progress):
             ladder = annealer.ladder(rows)

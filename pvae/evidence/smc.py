@@ -35,6 +35,7 @@ def smc(
     start: str = "guide",
     target_acceptance: float = 0.65,
     max_pairs: int | None = None,
+    compiled: bool = False,
     seed: int = 0,
     data_plate: str | None = None,
     vectorize: bool = True,
@@ -42,11 +43,11 @@ def smc(
 ) -> Evidence:
     r"""Estimate ``log p(x_n)`` by groups of particles that are annealed and resampled.
 
-    There are G independent groups. The path, the moves and what is found on pilot chains are those of
-    :func:`~pvae.evidence.annealed`. After each gain in weight, a group whose effective sample size
-    has fallen below ``ess_threshold`` times its number of particles is resampled
-    (systematically), and each of its particles then carries the group's mean weight. ``E[w] =
-    p(x)`` still holds for each group, so that the groups are independent unbiased estimates: the
+    There are G independent groups. The path, the moves and what is found on pilot chains are those
+    of :func:`~pvae.evidence.annealed`. After each gain in weight, a group whose effective sample
+    size has fallen below ``ess_threshold`` times its number of particles is resampled
+    (systematically), and each of its particles then carries the group's mean weight. The mean
+    weight of each group still has the expectation ``p(x)``, so that the groups are independent unbiased estimates: the
     evidence is the log of their mean, and ``stderr`` comes from the spread between groups
     (delta method), which needs no assumption on the resampling. ``ess`` and ``pareto_k`` are those
     of all particles' weights, as they stand after the last resampling.
@@ -64,6 +65,7 @@ def smc(
         start: ``"guide"`` or ``"prior"``.
         target_acceptance: Mean acceptance that the step sizes are adapted to.
         max_pairs: Cap on particles x data held at once, though never less than one group.
+        compiled: Compile the traced densities (see :func:`~pvae.evidence.annealed`).
         seed: Seed of the draws; the caller's random stream is untouched.
         data_plate: Name of the plate that indexes the data, where several could.
         vectorize: Run particles at once.
@@ -87,7 +89,7 @@ def smc(
     annealer = Annealer(
         model, guide, num_temperatures=num_temperatures, schedule=schedule,
         num_leapfrog=num_leapfrog, start=start, target_acceptance=target_acceptance,
-        max_pairs=max_pairs, data_plate=data_plate, vectorize=vectorize,
+        max_pairs=max_pairs, compiled=compiled, data_plate=data_plate, vectorize=vectorize,
     )  # fmt: skip
     size = num_particles // num_groups
 
@@ -99,7 +101,7 @@ def smc(
         log_weights = annealer.forward(rows, ladder, num_particles, unit=size, resample=resample)
         return grouped(log_weights, size)
 
-    return annealer.over(x, weigh, num_chains=num_particles, seed=seed, progress=progress)
+    return annealer.over(x, weigh, unit=size, seed=seed, progress=progress)
 
 
 def systematic(
