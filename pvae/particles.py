@@ -453,7 +453,12 @@ def inspect(
         _check_sites(prior_trace, guide_trace)
         _check_shapes(prior_trace, guide_trace)
         substituted = _Substitute(_site_values(guide_trace))(model)
-        model_trace = _attempt("model", poutine.trace(substituted), args, kwargs)
+        try:
+            model_trace = _attempt("model", poutine.trace(substituted), args, kwargs)
+        except ProgramError:
+            _check_latent_supports(prior_trace, guide_trace)  # where it is the cause, it is said
+            raise
+        _check_latent_supports(model_trace, guide_trace)
         layout = _find_layout(model_trace, guide_trace, batch, data_plate, vectorize=vectorize)
         _check_supports(model_trace)
         _check_vectorized(model, guide, batch, layout)
@@ -557,6 +562,10 @@ def _check_shapes(model_trace: Any, guide_trace: Any) -> None:
                 f"site {name!r}: the model treats its last {event_dim} dimensions as one event, "
                 f"the guide its last {guide_dim}: add .to_event({event_dim}) in the guide"
             )
+
+
+def _check_latent_supports(model_trace: Any, guide_trace: Any) -> None:
+    for name, node in _latents(model_trace).items():
         _check_latent_support(name, node["fn"], guide_trace.nodes[name])
 
 
@@ -722,7 +731,9 @@ def _unit(support: Any) -> Any:
 
 
 def _in_words(support: Any) -> str:
-    return str(_unit(support)).removesuffix("()")
+    unit = _unit(support)
+    words = str(unit).removesuffix("()")
+    return words if len(words) < 60 else type(unit).__name__  # bounds that differ between data
 
 
 def _check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layout) -> None:
@@ -1263,6 +1274,8 @@ def _bijection(name: str, family: Any) -> Any:
             "annealing moves continuous latents only, so use importance sampling, or sum the site "
             "out of the model"
         )
+    if isinstance(support, torch.distributions.constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
     try:
         return torch.distributions.biject_to(support)
     except NotImplementedError:

@@ -37,7 +37,7 @@ Schedule = str | Sequence[float] | Tensor | Callable[[int], Tensor]
 Resample = Callable[[Tensor, Point], tuple[Tensor, Point]]
 
 _PILOTS = 16  # chains of each datum by which steps and schedule are found
-_MAX_PAIRS = {"cpu": 2**10}  # a decoder's activations for these stay in the processor's cache
+_MAX_PAIRS = {"cpu": 2**9}  # a decoder's activations for these stay in the processor's cache
 
 
 def annealed(
@@ -84,7 +84,7 @@ def annealed(
         num_leapfrog: Leapfrog steps of a move.
         start: ``"guide"`` or ``"prior"``: the density that the path starts from.
         target_acceptance: Mean acceptance that the step sizes are adapted to.
-        max_pairs: Cap on chains x data held at once; 1024 on a CPU, 262144 on another device, if
+        max_pairs: Cap on chains x data held at once; 512 on a CPU, 262144 on another device, if
             left out.
         compiled: Compile the traced densities: some seconds first, then about half the time for a
             decoder of the usual size. It needs a C++ compiler.

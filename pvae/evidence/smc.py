@@ -47,9 +47,10 @@ def smc(
     of :func:`~pvae.evidence.annealed`. After each gain in weight, a group whose effective sample
     size has fallen below ``ess_threshold`` times its number of particles is resampled
     (systematically), and each of its particles then carries the group's mean weight. The mean
-    weight of each group still has the expectation ``p(x)``, so that the groups are independent unbiased estimates: the
-    evidence is the log of their mean, and ``stderr`` comes from the spread between groups
-    (delta method), which needs no assumption on the resampling. ``ess`` and ``pareto_k`` are those
+    weight of each group still has the expectation ``p(x)``, so that the groups are independent
+    unbiased estimates: the evidence is the log of their mean, and ``stderr`` comes from the spread
+    between groups (delta method), which needs no assumption on the resampling; with few groups
+    its tails are Student's, not the normal's. ``ess`` and ``pareto_k`` are those
     of all particles' weights, as they stand after the last resampling.
 
     Args:
