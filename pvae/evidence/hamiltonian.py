@@ -23,7 +23,7 @@ Evaluate = Callable[[Tensor], Point]
 _WARM_UP = 30  # moves at the path's start, by which the first step size is found
 _GAIN = 0.25  # of the log step size, for each unit that the acceptance is off its target
 _MEMORY = 0.9  # share of the running variance that is kept at the next temperature
-_JITTER = 0.2  # each trajectory's step is multiplied by 1 +- this, against closed orbits
+_JITTER = (0.5, 1.2)  # a trajectory's step is multiplied by between these, against closed orbits
 
 
 def leapfrog(
@@ -56,7 +56,7 @@ def move(
     It leaves ``f_beta`` invariant. A trajectory that ends in a NaN is rejected.
     """
     shape = (*start.log_f0.shape, 1)
-    jitter = 1 - _JITTER + 2 * _JITTER * torch.rand(shape, dtype=step.dtype, device=step.device)
+    jitter = torch.empty(shape, dtype=step.dtype, device=step.device).uniform_(*_JITTER)
     momentum = torch.randn_like(start.flat)
     end, final = leapfrog(evaluate, start, momentum, beta, step * jitter, num_leapfrog)
     gain = end.log_density(beta) - start.log_density(beta)

@@ -80,6 +80,7 @@ class Path:
         ready: dict[int, Any] = {}
 
         def evaluate(flat: Tensor) -> Point:
+            flat = flat.contiguous()  # as the graph was traced: its views depend on it
             if len(flat) not in ready:
                 ready[len(flat)] = self._ready(flat, batch, leaves)
             return Point(flat, *ready[len(flat)](flat))
