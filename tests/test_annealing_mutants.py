@@ -27,7 +27,7 @@ from pvae.evidence.paths import Path, Point
 bounds = sys.modules["pvae.evidence.sandwich"]  # the package's names of these are functions
 resampling = sys.modules["pvae.evidence.smc"]
 
-FEW = {"num_leapfrog": 3, "max_pairs": 10**6}
+FEW = {"num_leapfrog": 2, "max_pairs": 10**6}
 
 
 def off(log_ratio):
@@ -45,14 +45,14 @@ def check_estimate(found, truth):
 def check_forward():
     """Few temperatures from the guide, where each counts; more of them from the prior."""
     pair = gamma_poisson()
-    x = pair.data(2000)
+    x = pair.data(1200)
     found = pvae.evidence.annealed(
         pair.model, pair.guide, x, num_chains=8, num_temperatures=3, **FEW
     )
     assert off(found.log_evidence - pair.log_evidence(x)) < SE
-    x = pair.data(300)
+    x = pair.data(200)
     found = pvae.evidence.annealed(
-        pair.model, None, x, num_chains=48, num_temperatures=30, start="prior",
+        pair.model, None, x, num_chains=32, num_temperatures=16, start="prior",
         target_acceptance=0.5, **FEW,
     )  # fmt: skip
     check_estimate(found, pair.log_evidence(x))
@@ -62,7 +62,7 @@ def check_smc():
     pair = gamma_poisson()
     x = pair.data(300)
     found = pvae.evidence.smc(
-        pair.model, None, x, num_particles=128, num_groups=32, num_temperatures=20, start="prior",
+        pair.model, None, x, num_particles=128, num_groups=32, num_temperatures=16, start="prior",
         ess_threshold=1.0, **FEW,
     )  # fmt: skip
     check_estimate(found, pair.log_evidence(x))
@@ -73,7 +73,7 @@ def check_smc():
 def check_reverse():
     pair = factor_analysis(2, move=0.4, widen=1.15)
     lower, upper = found = pvae.evidence.sandwich(
-        pair.model, pair.guide, 2000, num_chains=4, num_temperatures=4, **FEW
+        pair.model, pair.guide, 1500, num_chains=4, num_temperatures=4, **FEW
     )
     truth = pair.log_evidence(found.simulated.x)
     assert off(lower.log_evidence - truth) < SE
