@@ -1,6 +1,6 @@
 """IWAE bound, annealed importance sampling, BDMC gap and KDE on one decoder of static MNIST.
 
-    PVAE_DATA=... python benchmarks/annealing.py [--weights pair.safetensors] [--images 50]
+    PVAE_DATA=... python benchmarks/annealing.py [--weights pair.safetensors] [--images 16]
 
 The pair is 784-200-200-50 and back, tanh, Bernoulli pixels, trained with the ELBO; ``--weights``
 keeps it for the next run. Rows are as in Wu, Burda, Salakhutdinov & Grosse (2017): the bound of
@@ -59,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--images", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--num-particles", type=int, default=5000)
     parser.add_argument("--num-chains", type=int, default=16)
     parser.add_argument("--num-temperatures", type=int, default=1000)
