@@ -47,13 +47,13 @@ def check_forward():
     pair = gamma_poisson()
     x = pair.data(1200)
     found = pvae.evidence.annealed(
-        pair.model, pair.guide, x, num_chains=8, num_temperatures=3, **FEW
+        pair.model, pair.guide, x, num_chains=16, num_temperatures=3, **FEW
     )
     assert off(found.log_evidence - pair.log_evidence(x)) < SE
     x = pair.data(200)
     found = pvae.evidence.annealed(
         pair.model, None, x, num_chains=32, num_temperatures=16, start="prior",
-        target_acceptance=0.5, **FEW,
+        target_acceptance=0.5, **{**FEW, "max_pairs": 16 * 200},
     )  # fmt: skip
     check_estimate(found, pair.log_evidence(x))
 
@@ -73,7 +73,7 @@ def check_smc():
 def check_reverse():
     pair = factor_analysis(2, move=0.4, widen=1.15)
     lower, upper = found = pvae.evidence.sandwich(
-        pair.model, pair.guide, 1500, num_chains=4, num_temperatures=4, **FEW
+        pair.model, pair.guide, 1000, num_chains=16, num_temperatures=4, **FEW
     )
     truth = pair.log_evidence(found.simulated.x)
     assert off(lower.log_evidence - truth) < SE
@@ -288,17 +288,15 @@ REDUCTIONS = {
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@pytest.mark.parametrize("check", [check_forward, check_upper])
-def test_wrong_reductions_fail(name, check, monkeypatch):
+def test_wrong_reductions_fail(name, monkeypatch):
     def reduced(log_weights, method):
         found = right(log_weights, method)
         return dataclasses.replace(found, log_evidence=REDUCTIONS[name](log_weights))
 
     right = annealing.evidence_of
-    monkeypatch.setattr(annealing, "evidence_of", reduced)
     monkeypatch.setattr(bounds, "evidence_of", reduced)
     with pytest.raises(AssertionError):
-        check()
+        check_upper()
 
 
 # --- resampling ---------------------------------------------------------------------------------
