@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,19 +30,24 @@ __all__ = [
     "Layout",
     "Particles",
     "by_datum",
+    "check_continuous",
     "draw",
-    "guide_log_prob",
+    "generate",
     "inspect",
     "latent_sites",
+    "log_guide",
     "log_joint",
     "named_tensors",
     "parameters",
+    "path_ends",
     "plate_scale",
+    "prior_of",
     "rewritten",
     "sample_guide",
     "sample_observed",
     "simulate",
     "sum_terms",
+    "unconstrain",
 ]
 
 Program = Callable[..., Any]
@@ -372,20 +378,6 @@ def latent_sites(
     }
 
 
-def guide_log_prob(
-    guide: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
-) -> Tensor:
-    """``log q(z | x)`` of given values, summed over the sites: ``(K, B)``, nats.
-
-    Values may have one row for all data, ``(K, 1, ...)``: each is then weighed under every datum.
-    """
-    args, kwargs = arguments(batch)
-    program = _Substitute(values)(_plated(guide, num_particles, layout))
-    trace = poutine.trace(program).get_trace(*args, **kwargs)
-    terms = _terms(_latents(trace), layout, num_particles, _num_data(trace, layout, batch))
-    return sum_terms({n: t for n, t in terms.items() if t.dim() == 2})
-
-
 def rewritten(program: Program, change: Callable[[str, Any], Any]) -> Program:
     """The program with other distributions at its latent sites.
 
@@ -466,9 +458,9 @@ def _observed_entries(model: Program, batch: Batch) -> dict[str, Any]:
         keys = [key for key, entry in entries.items() if _is_same(node["value"], entry)]
         if not keys:
             raise ProgramError(
-                f"observed site {name!r} is computed from the batch, not a tensor of it, so data "
-                "cannot be simulated in the batch's form: observe the batch's own tensor, or pass "
-                "simulator="
+                f"observed site {name!r} is not a tensor of the batch itself (it is computed from "
+                "the batch), so data cannot be simulated in the batch's form: prepare the data "
+                "before they are passed, or pass simulator="
             )
         found[name] = keys[0]
     return found
@@ -519,6 +511,29 @@ def _refuse_reading(model: Program, batch: Batch, observed: Mapping[str, Any]) -
                 f"the model reads its data while it draws site {name!r} (as an autoregressive "
                 "decoder does), so what it draws is no sample: pass simulator="
             )
+
+
+def log_guide(
+    guide: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> Tensor:
+    """``log q(z | x)`` of given latents, unscaled: ``(K, B)``, nats.
+
+    Latents may have one row for all data, ``(K, 1, ...)``: each is then weighed under every datum.
+
+    Raises:
+        ProgramError: The guide draws a site of its own, over which it would have to be integrated.
+    """
+    args, kwargs = arguments(batch)
+    given = _Substitute(values)(_plated(guide, num_particles, layout))
+    trace = poutine.trace(given).get_trace(*args, **kwargs)
+    own = [name for name in _latents(trace) if name not in values]
+    if own:
+        raise ProgramError(
+            f"the guide draws {_names(own)}, which the model lacks, so its density at given "
+            "latents is not known: use a guide without it, or start='prior'"
+        )
+    terms = _terms(_sites(trace), layout, num_particles, _num_data(trace, layout, batch))
+    return sum_terms({n: t for n, t in terms.items() if t.dim() == 2})
 
 
 def parameters(model: Program, guide: Program, batch: Batch) -> dict[str, nn.Parameter | Tensor]:
@@ -617,7 +632,12 @@ def inspect(
         _check_sites(prior_trace, guide_trace)
         _check_shapes(prior_trace, guide_trace)
         substituted = _Substitute(_site_values(guide_trace))(model)
-        model_trace = _attempt("model", poutine.trace(substituted), args, kwargs)
+        try:
+            model_trace = _attempt("model", poutine.trace(substituted), args, kwargs)
+        except ProgramError:
+            _check_latent_supports(prior_trace, guide_trace)  # where it is the cause, it is said
+            raise
+        _check_latent_supports(model_trace, guide_trace)
         layout = _find_layout(model_trace, guide_trace, batch, data_plate, vectorize=vectorize)
         _check_supports(model_trace)
         _check_vectorized(model, guide, batch, layout)
@@ -721,6 +741,10 @@ def _check_shapes(model_trace: Any, guide_trace: Any) -> None:
                 f"site {name!r}: the model treats its last {event_dim} dimensions as one event, "
                 f"the guide its last {guide_dim}: add .to_event({event_dim}) in the guide"
             )
+
+
+def _check_latent_supports(model_trace: Any, guide_trace: Any) -> None:
+    for name, node in _latents(model_trace).items():
         _check_latent_support(name, node["fn"], guide_trace.nodes[name])
 
 
@@ -886,7 +910,9 @@ def _unit(support: Any) -> Any:
 
 
 def _in_words(support: Any) -> str:
-    return str(_unit(support)).removesuffix("()")
+    unit = _unit(support)
+    words = str(unit).removesuffix("()")
+    return words if len(words) < 60 else type(unit).__name__  # bounds that differ between data
 
 
 def _check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layout) -> None:
@@ -1195,3 +1221,244 @@ def _stack(parts: list[Particles]) -> Particles:
     values = {k: torch.stack([part.values[k] for part in parts]) for k in parts[0].values}
     names = ("log_p", "log_q", "score", "kl", "global_log_p", "global_log_q")
     return dataclasses.replace(parts[0], values=values, **{name: join(name) for name in names})
+
+
+# --- the latent sites as one flat, unconstrained vector ------------------------------------------
+
+
+def prior_of(model: Program) -> Program:
+    """``p(z)`` as a guide: the model with its observed sites out of sight."""
+    hidden: Program = poutine.block(model, hide_fn=lambda msg: bool(msg.get("is_observed")))
+    return hidden
+
+
+class _Unconstrained(Messenger):  # type: ignore[misc]
+    """Gives the local latent sites their values from a flat vector ``(K, B, L)``, in order.
+
+    Each piece goes through the bijection onto its site's support, which may depend on the sites
+    above it; ``log_jacobian`` collects ``log |dz/du|`` of each site, ``(K, B)``.
+    """
+
+    def __init__(self, flat: Tensor, layout: Layout) -> None:
+        super().__init__()
+        self.flat, self.layout = flat, layout
+        self.used = 0
+        self.log_jacobian: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, family = msg["name"], msg["fn"]
+        if name not in self.layout.latents or msg["is_observed"]:
+            return
+        bijection, batch_dims = _bijection(name, family), len(family.batch_shape)
+        shape = tuple(bijection.inverse_shape(family.shape()))
+        num_particles, num_data = self.flat.shape[:2]
+        size = math.prod(shape) // (num_data * (num_particles if self.layout.vectorize else 1))
+        piece = self.flat[..., self.used : self.used + size]
+        self.used += size
+        free = _from_rows(piece, shape, batch_dims, self.layout)
+        value = bijection(free)
+        log_jacobian = bijection.log_abs_det_jacobian(free, value)
+        log_jacobian = log_jacobian.reshape(free.shape[:batch_dims] + (-1,)).sum(-1)
+        self.log_jacobian[name] = _reduce(log_jacobian, self.layout, num_particles, num_data)
+        msg["value"], msg["done"] = value, True
+
+
+def path_ends(
+    model: Program, guide: Program | None, batch: Batch, flat: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """``log q(z|x) |dz/du|`` and ``log p(x, z) |dz/du|`` at flat latents ``u``, each ``(K, B)``.
+
+    Args:
+        model: The generative program.
+        guide: The inference program; ``None`` for the prior ``p(z)`` in its place.
+        batch: B data.
+        flat: ``(K, B, L)``, as :func:`unconstrain` gives it.
+        layout: What :func:`inspect` found.
+    """
+    if not layout.vectorize and len(flat) > 1:
+        ends = [path_ends(model, guide, batch, one, layout) for one in torch.split(flat, 1)]
+        return torch.cat([end[0] for end in ends]), torch.cat([end[1] for end in ends])
+    num_particles, num_data = flat.shape[:2]
+    args, kwargs = arguments(batch)
+    placed = _Unconstrained(flat, layout)
+    program = placed(_plated(model, num_particles, layout))
+    trace = poutine.trace(program).get_trace(*args, **kwargs)
+    terms = _terms(_sites(trace), layout, num_particles, num_data)
+    log_jacobian = sum_terms(placed.log_jacobian)
+    if guide is None:
+        log_q = sum_terms({name: terms[name] for name in layout.latents})
+    else:
+        log_q = log_guide(guide, batch, _site_values(trace), num_particles, layout)
+    return log_q + log_jacobian, sum_terms(terms) + log_jacobian
+
+
+def unconstrain(
+    model: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> Tensor:
+    """Latent draws as one flat vector of free real numbers, ``(K, B, L)``.
+
+    Args:
+        model: The generative program, whose supports and order of sites count.
+        batch: B data.
+        values: Latent site -> draws, as :func:`sample_guide` gives them.
+        num_particles: K.
+        layout: What :func:`inspect` found.
+    """
+    trace = _run_model(model, batch, values, num_particles, layout)
+    rows = []
+    for name, node in _latents(trace).items():
+        if name in layout.latents:
+            free = _bijection(name, node["fn"]).inv(node["value"])
+            rows.append(_as_rows(free, len(node["fn"].batch_shape), layout))
+    return torch.cat(rows, -1)
+
+
+def check_continuous(
+    model: Program, guide: Program, batch: Batch, layout: Layout, num_draws: int = 16
+) -> None:
+    """Refuse a pair whose latents cannot be moved along a path of densities from q to p.
+
+    Raises:
+        ProgramError: A latent site is shared by all data, discrete, without a bijection, or drawn
+            by the guide on a part of its support only; the guide has sites of its own; or the
+            data plate picks its own rows.
+    """
+    if layout.globals:
+        raise ProgramError(
+            f"site {layout.globals[0]!r} is shared by all data, so there is no evidence of one "
+            "datum: move it inside the data plate, or condition on it"
+        )
+    draws = num_draws if layout.vectorize else 1
+    prior_trace = _run_guide(prior_of(model), batch, draws, layout, detach=False)
+    rows, total = _num_data(prior_trace, layout, batch), leading_size(batch)
+    if rows != total:
+        raise ProgramError(
+            f"the data plate picks {rows} of {total} rows by itself: pass the rows to be judged "
+            "and let the plate span them"
+        )
+    for name, node in _latents(prior_trace).items():
+        if name in layout.latents:
+            _bijection(name, node["fn"])
+    values = _site_values(prior_trace)
+    args, kwargs = arguments(batch)
+    log_guide(guide, batch, values, draws, layout)
+    given = _Substitute(values)(_plated(guide, draws, layout))
+    for name, node in _latents(poutine.trace(given).get_trace(*args, **kwargs)).items():
+        support = _support(node["fn"])
+        if support is not None and not bool(support.check(node["value"]).all()):
+            raise ProgramError(
+                f"site {name!r}: the guide ({type(_base(node['fn'])).__name__}) draws on "
+                f"{_in_words(support)}, only a part of the model's support, so the evidence would "
+                "come out too low: use a guide of the model's support, or start='prior'"
+            )
+
+
+def generate(
+    model: Program,
+    guide: Program,
+    num_data: int,
+    example: Batch | None = None,
+    *,
+    data_plate: str | None = None,
+    vectorize: bool = True,
+) -> tuple[Batch, dict[str, Tensor], Layout]:
+    """Data that a model draws, with their latents: one exact posterior draw for each datum.
+
+    Args:
+        model: The generative program. Without an example it is called as ``model(size=num_data)``
+            and returns the data; with one it is called on it, its observed sites drawn instead.
+        guide: The inference program, by which the latent sites are told.
+        num_data: B.
+        example: B data whose observed tensors are replaced; what else is in the batch (covariates,
+            say) stays.
+        data_plate: Name of the plate that indexes the data, where several could.
+        vectorize: Whether the programs take all particles at once.
+
+    Returns:
+        The batch, latent site -> value with one particle, and the layout of the pair.
+
+    Raises:
+        ProgramError: The model does not generate that way, or what it returns is not what it drew.
+    """
+    if example is None:
+        trace, batch = _generated(model, num_data)
+    else:
+        args, kwargs = arguments(example)
+        trace = _attempt("model", poutine.trace(poutine.uncondition(model)), args, kwargs)
+        with _quiet(example):
+            observed = _observed_entries(model, example)
+        batch = _with_entries(example, {k: trace.nodes[n]["value"] for n, k in observed.items()})
+    layout = inspect(model, guide, batch, data_plate=data_plate, vectorize=vectorize)
+    sites, rows = _sites(trace), leading_size(batch)
+    values = {n: _one_particle(sites[n], layout) for n in (*layout.latents, *layout.globals)}
+    drawn = sum_terms({n: t for n, t in _terms(sites, layout, 1, rows).items() if t.dim() == 2})
+    scored = log_joint(model, batch, values, 1, layout)
+    if not torch.allclose(drawn, scored, rtol=1e-3, atol=1e-2):
+        raise ProgramError(
+            f"the model gives its own draw {float(drawn[0, 0]):.6g} nats when drawing and "
+            f"{float(scored[0, 0]):.6g} when scoring it: let it return the values of its observed "
+            "sites, and let no site depend on the data but through them"
+        )
+    return batch, values, layout
+
+
+def _generated(model: Program, num_data: int) -> tuple[Any, Batch]:
+    remedy = "let the model return simulated data when called so, or pass example data"
+    try:
+        trace = poutine.trace(model).get_trace(size=num_data)
+    except Exception as error:
+        raise ProgramError(
+            f"model(size={num_data}) does not generate ({_reason(error)}): {remedy}"
+        ) from error
+    batch = trace.nodes["_RETURN"]["value"]
+    if next(_tensors(batch), None) is None:
+        raise ProgramError(
+            f"model(size={num_data}) returns {type(batch).__name__}, not data: {remedy}"
+        )
+    return trace, batch
+
+
+def _one_particle(node: Any, layout: Layout) -> Tensor:
+    """A site's value with every batch dimension of the layout, the particle's of size one."""
+    value: Tensor = node["value"]
+    batch_dims = -layout.particle_dim - (0 if layout.vectorize else 1)
+    return value.reshape((1,) * (batch_dims - len(node["fn"].batch_shape)) + value.shape)
+
+
+def _bijection(name: str, family: Any) -> Any:
+    """Free real numbers onto a latent site's support."""
+    support = _support(family)
+    if support is None or getattr(support, "is_discrete", False):
+        raise ProgramError(
+            f"site {name!r} ({type(_base(family)).__name__}) is discrete or of no known support: "
+            "annealing moves continuous latents only, so use importance sampling, or sum the site "
+            "out of the model"
+        )
+    if isinstance(support, torch.distributions.constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    try:
+        return torch.distributions.biject_to(support)
+    except NotImplementedError:
+        raise ProgramError(
+            f"site {name!r} takes values in {_in_words(support)}, onto which torch has no "
+            "bijection from free real numbers: use importance sampling"
+        ) from None
+
+
+def _as_rows(value: Tensor, batch_dims: int, layout: Layout) -> Tensor:
+    """A site's values ``(K, ..., B, ...)`` as rows ``(K, B, n)``."""
+    axis = batch_dims + layout.data_dim
+    if not layout.vectorize:
+        value, axis = value.unsqueeze(0), axis + 1
+    moved = value.movedim(axis, 1)
+    return moved.reshape(*moved.shape[:2], -1)
+
+
+def _from_rows(rows: Tensor, shape: tuple[int, ...], batch_dims: int, layout: Layout) -> Tensor:
+    """The reverse of :func:`_as_rows`, for values of a given shape."""
+    axis = batch_dims + layout.data_dim
+    if not layout.vectorize:
+        shape, axis = (1, *shape), axis + 1
+    others = [size for dim, size in enumerate(shape) if dim not in (0, axis)]
+    value = rows.reshape(*rows.shape[:2], *others).movedim(1, axis)
+    return value if layout.vectorize else value.squeeze(0)

@@ -15,7 +15,7 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "rewrites"},
+    {"errors", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "staging", "precision"},
     {"networks", "distributions", "families", "models", "guides"},
     {"particles"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pvae.evidence.annealing import annealed
 from pvae.evidence.calibration import (
     Calibration,
     PredictiveChecks,
@@ -15,12 +16,13 @@ from pvae.evidence.escalation import (
     escalation_report,
     log_evidence_curve,
     measured_curve,
-    smoothed_importance,
     standard_ladder,
 )
 from pvae.evidence.gaps import Gaps, gaps
 from pvae.evidence.importance import Evidence, importance
 from pvae.evidence.information import Dimension, Information, information
+from pvae.evidence.sandwich import Sandwich, Simulated, importance_upper, sandwich, simulate
+from pvae.evidence.smc import smc
 
 __all__ = [
     "Calibration",
@@ -31,15 +33,21 @@ __all__ = [
     "Information",
     "PredictiveChecks",
     "Rung",
+    "Sandwich",
+    "Simulated",
+    "annealed",
     "auto",
     "calibration",
     "escalation_report",
     "gaps",
     "importance",
+    "importance_upper",
     "information",
     "log_evidence_curve",
     "measured_curve",
     "predictive_checks",
-    "smoothed_importance",
+    "sandwich",
+    "simulate",
+    "smc",
     "standard_ladder",
 ]

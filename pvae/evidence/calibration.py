@@ -24,8 +24,8 @@ from pvae.particles import (
     Layout,
     by_datum,
     draw,
-    guide_log_prob,
     inspect,
+    log_guide,
     log_joint,
     module_of,
     simulate,
@@ -372,7 +372,7 @@ def _ranks(
     true_columns = [
         true_coordinates,
         true_joint[..., None].double(),
-        _density(guide_log_prob(guide, rows, true_values, 1, layout), resample),
+        _density(log_guide(guide, rows, true_values, 1, layout), resample),
         (((true_coordinates - reference) / scale).square().sum(2, keepdim=True)).sqrt(),
     ]
     values = torch.cat([c for c in columns if c is not None], 2)

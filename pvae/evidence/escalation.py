@@ -28,7 +28,6 @@ __all__ = [
     "log_evidence_curve",
     "measured_curve",
     "pareto_limit",
-    "smoothed_importance",
     "standard_ladder",
 ]
 
@@ -70,7 +69,7 @@ def standard_ladder(num_particles: int = 1000) -> list[Rung]:
         return importance(model, guide, x, num_particles, seed=seed)
 
     def smoothed(model: Any, guide: Any, x: Any, *, seed: int) -> Evidence:
-        return smoothed_importance(model, guide, x, 8 * num_particles, seed=seed)
+        return importance(model, guide, x, 8 * num_particles, seed=seed, smooth=True)
 
     return [
         Rung("importance", num_particles, plain),
@@ -81,59 +80,15 @@ def standard_ladder(num_particles: int = 1000) -> list[Rung]:
 
 def _annealed(num_temperatures: int, num_chains: int = 64, num_leapfrog: int = 5) -> Rung:
     def estimate(model: Any, guide: Any, x: Any, *, seed: int) -> Evidence:
-        from pvae.evidence.annealing import annealed  # type: ignore[import-not-found]
+        from pvae.evidence.annealing import annealed
 
-        return annealed(  # type: ignore[no-any-return]
+        return annealed(
             model, guide, x, num_chains=num_chains, num_temperatures=num_temperatures,
             num_leapfrog=num_leapfrog, seed=seed,
         )  # fmt: skip
 
     cost = num_chains * num_temperatures * num_leapfrog
     return Rung(f"annealed, {num_temperatures} temperatures", cost, estimate)
-
-
-def smoothed_importance(
-    model: Any, guide: Any, x: Any, num_particles: int = 8000, *, seed: int = 0
-) -> Evidence:
-    """Importance sampling whose largest weights are smoothed (PSIS) before they are averaged.
-
-    The smoothing trades a little bias for much less variance; k-hat is that of the raw weights,
-    and the standard error that of the smoothed ones.
-
-    Args:
-        model: The generative program.
-        guide: The inference program.
-        x: Data, N rows.
-        num_particles: K.
-        seed: Seed of the draws.
-    """
-    modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
-    device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
-    batch = as_batch(x, device=device)
-    total, pieces = num_rows(batch), []
-    block = max(1, min(total, 2**21 // num_particles))
-    with evaluation(model, guide, seed=_STREAM + seed, device=device):
-        layout = inspect(model, guide, take(batch, torch.arange(min(block, total), device=device)))
-        for start in range(0, total, block):
-            index = torch.arange(start, min(start + block, total), device=device)
-            rows = take(batch, index)
-            chunk = max(1, _MAX_PAIRS // len(index))
-            raw = torch.cat(
-                [
-                    draw(model, guide, rows, min(chunk, num_particles - k), layout=layout)
-                    .log_weights.double().cpu()
-                    for k in range(0, num_particles, chunk)
-                ]
-            )  # fmt: skip
-            weights, khat = algebra.psis(raw)
-            pieces.append(
-                (algebra.log_mean_exp(weights), algebra.stderr(weights), algebra.ess(weights), khat,
-                 raw.mean(0))
-            )  # fmt: skip
-    log_evidence, stderr, ess, pareto_k, elbo = (
-        torch.cat(column) for column in zip(*pieces, strict=True)
-    )
-    return Evidence(log_evidence, stderr, ess, pareto_k, elbo, num_particles, method="psis")
 
 
 def auto(

@@ -25,9 +25,9 @@ from pvae.particles import (
     LatentSite,
     Layout,
     by_datum,
-    guide_log_prob,
     inspect,
     latent_sites,
+    log_guide,
     module_of,
 )
 
@@ -321,7 +321,7 @@ def _joint(
     first = next(iter(sites.values()))
     num_draws, num_data = first.value.shape[0], num_rows(rows)
     values = {name: site.value for name, site in sites.items()}
-    log_q = guide_log_prob(guide, rows, values, num_draws, layout).double()
+    log_q = log_guide(guide, rows, values, num_draws, layout).double()
     log_p = torch.zeros_like(log_q)
     for name, site in sites.items():
         term = site.prior.log_prob(site.value).double()
@@ -335,7 +335,7 @@ def _joint(
     for start in range(0, num_draws * num_data, chunk):
         part = {n: _for_all_data(p[start : start + chunk], layout, n) for n, p in points.items()}
         count = len(next(iter(part.values())))
-        pieces.append(guide_log_prob(guide, rows, part, count, layout).double().logsumexp(1))
+        pieces.append(log_guide(guide, rows, part, count, layout).double().logsumexp(1))
     aggregate = (torch.cat(pieces) - math.log(num_data)).reshape(num_draws, num_data)
     return log_q - log_p, aggregate - log_p
 
