@@ -345,19 +345,26 @@ def _evidence_facts(evidence: Any, dataset: Dataset) -> dict[str, Any]:
 
 
 def _evidence_in_words(about: Mapping[str, Any]) -> str:
+    method = about["method"]
+    more = {"importance": "--num-particles", "auto": "--budget"}.get(method, "--num-temperatures")
+    mean = "ELBO" if method == "importance" else "mean log w"
     lines = [
         f"{about['data']}; {about['split']} split, {about['num_data']} data",
         f"log evidence   {about['log_evidence']:.3f} ± {about['stderr']:.3f} nats per datum "
         f"({about['kind']}, K = {about['num_particles']})",
         f"               {about['bits_per_dim']:.4f} bits/dim on the original scale",
-        f"ELBO           {about['elbo']:.3f} nats per datum",
+        f"{mean:<14} {about['elbo']:.3f} nats per datum",
         f"k-hat > 0.7    {100 * about['pareto_k_above_0.7']:.1f} % of the data"
-        + (": raise --num-particles" if about["pareto_k_above_0.7"] > 0.1 else ""),
+        + (f": raise {more}" if about["pareto_k_above_0.7"] > 0.1 else ""),
         f"{about['seconds']:.1f} s",
     ]
     if "exact_log_evidence" in about:
         exact = about["exact_log_evidence"]
         lines.insert(3, f"exact          {exact:.3f} nats per datum (model.log_evidence)")
+    if "curve" in about:
+        steps = zip(about["curve"]["k"], about["curve"]["bound"], strict=True)
+        bounds = ", ".join(f"L_{k} {bound:.2f}" for k, bound in steps)
+        lines.insert(-1, f"as K grows     {bounds} (the first 200 data)")
     return "\n".join(lines)
 
 
