@@ -44,10 +44,8 @@ def capture(function: Callable[..., Any], *examples: Any, flat: bool = False) ->
     from pyro import validation_enabled
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    tensors = torch.utils._pytree.tree_leaves(examples)
-    devices = sorted({t.device.index or 0 for t in tensors if getattr(t, "is_cuda", False)})
     try:
-        with torch.random.fork_rng(devices), validation_enabled(False):
+        with _own_noise(examples), validation_enabled(False):
             graph = make_fx(lambda *inputs: function(*inputs), tracing_mode="real")(*examples)
     except Exception as error:
         raise StagingError(_why_not(error)) from error
@@ -69,7 +67,7 @@ def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         StagingError: there is no C++ compiler, or it failed.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), _own_noise(inputs), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
             import torch._inductor.config as settings
             from torch._inductor.compile_fx import compile_fx
@@ -84,6 +82,13 @@ def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         reason = str(error).strip().splitlines() or [""]
         raise StagingError(f"the compiler failed ({type(error).__name__}: {reason[0]})") from error
     return run  # type: ignore[no-any-return]
+
+
+def _own_noise(examples: Any) -> Any:
+    """Leaves the caller's random streams where they are."""
+    tensors = torch.utils._pytree.tree_leaves(examples)
+    devices = {t.device.index or 0 for t in tensors if getattr(t, "is_cuda", False)}
+    return torch.random.fork_rng(sorted(devices))
 
 
 def _why_not(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pyro
 import pyro.distributions as dist
@@ -16,6 +17,7 @@ from pvae.guides.exact import Exact
 from pvae.guides.gaussian import Gaussian
 from pvae.models.factor_analysis import FactorAnalysis
 from pvae.models.gaussian_mixture import GaussianMixture
+from pvae.models.vae import VAE
 
 STANDARD_ERRORS = 4.5
 
@@ -99,6 +101,77 @@ def test_the_encoder_runs_once_per_datum_and_the_model_within_the_cap(pair):
     blocks = encoded[checks:]
     assert sum(blocks) == len(x)
     assert max(decoded) <= 150
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_every_engine_uses_the_same_draws(likelihood, recwarn):
+    """Blocks of 13 data and one of 7; pieces of 15 particles and one that reaches back."""
+    torch.manual_seed(0)
+    model = VAE(6, z_dim=2, hidden=(8,), likelihood=likelihood).double()
+    guide = Gaussian(6, model.latents, hidden=(8,)).double()
+    x = (torch.rand(33, 6) < 0.5).double()
+    found = {
+        engine: importance(model, guide, x, 10_000, max_pairs=13 * 15, seed=3, engine=engine)
+        for engine in ("eager", "staged", "auto")
+    }
+    for engine in ("staged", "auto"):
+        for column in ("log_evidence", "stderr", "pareto_k", "elbo"):
+            ours, theirs = getattr(found[engine], column), getattr(found["eager"], column)
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12), (engine, column)
+    assert not recwarn.list
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_evaluation_equals_eager():
+    torch.manual_seed(0)
+    model = VAE(6, z_dim=2, hidden=(8,))
+    guide = Gaussian(6, model.latents, hidden=(8,))
+    x = (torch.rand(20, 6) < 0.5).float()
+    ours, theirs = (
+        importance(model, guide, x, 500, max_pairs=600, engine=engine)
+        for engine in ("compiled", "eager")
+    )
+    assert torch.allclose(ours.log_evidence, theirs.log_evidence, rtol=1e-5)
+    assert torch.allclose(ours.elbo, theirs.elbo, rtol=1e-5)
+
+
+def test_what_cannot_be_staged_is_evaluated_eagerly_with_the_reason(pair):
+    model, guide, x = pair
+
+    def branching(x: torch.Tensor) -> None:
+        if float(x.mean()) > 100:
+            return
+        model(x)
+
+    def baked(x: torch.Tensor) -> None:
+        model(x - torch.as_tensor(x.numpy().mean(1, keepdims=True)))
+
+    for program, reason in ((branching, "branches on data"), (baked, "reproduce|numpy")):
+        expected = importance(program, guide, x, 100, engine="eager")
+        with pytest.warns(UserWarning, match=reason):
+            found = importance(program, guide, x, 100, engine="staged")
+        assert torch.equal(found.log_evidence, expected.log_evidence)
+
+
+def test_data_of_the_same_small_seed_do_not_share_the_stream():
+    """Noise of x and of z from one stream would make the guide look far too good or bad."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 1, dtype=torch.float64)
+    seen = {}
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1).double(), 1).to_event(1))
+            seen["z"] = z
+            pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 1).double(), 1).to_event(1))
+
+    importance(model, guide, x, 1, seed=0, engine="eager")
+    correlation = torch.corrcoef(torch.stack([x.flatten(), seen["z"].flatten()]))[0, 1]
+    assert abs(correlation) < STANDARD_ERRORS / 2000**0.5
 
 
 def test_float32_sums_are_safe():

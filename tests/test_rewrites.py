@@ -1,0 +1,100 @@
+"""Compiled elementary functions against double precision."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pvae.staging import StagingError, capture, lower
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+FUNCTIONS = {
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "softplus": functional.softplus,
+    "logsigmoid": functional.logsigmoid,
+    "bernoulli": lambda x: functional.binary_cross_entropy_with_logits(
+        x, torch.full_like(x, 0.3), reduction="none"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """All of them in one graph, because compiling is what takes time."""
+
+    def every(x, wide):
+        return (
+            *(function(x) for function in FUNCTIONS.values()),
+            wide.sum(0),
+            wide.sum(0, keepdim=True),
+            functional.linear(wide, wide[:5], x[:5]),
+        )
+
+    x = torch.cat([
+        torch.linspace(-30, 30, 20_001), torch.randn(1000) * 1e-4, torch.tensor([0.0, 100.0, -100.0])
+    ])  # fmt: skip
+    wide = torch.randn(100, 7)
+    graph = capture(every, x, wide, flat=True)
+    return x, wide, lower(graph, [x, wide])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_single_precision_is_kept(compiled, name):
+    x, wide, run = compiled
+    found = run(x, wide)[list(FUNCTIONS).index(name)]
+    truth = FUNCTIONS[name](x.double())
+    assert found.dtype == torch.float32
+    error = (found.double() - truth).abs()
+    assert (error <= 3e-7 * truth.abs() + 1e-7).all()
+
+
+def test_what_is_not_finite_stays_so(compiled):
+    x, wide, run = compiled
+    special = x.clone()
+    special[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    for name, found in zip(FUNCTIONS, run(special, wide), strict=False):
+        assert found[0].isnan()
+        limits = FUNCTIONS[name](special[1:3].double())
+        if name != "bernoulli":  # inf - inf there, not finite either way
+            same = (found[1:3] == limits) | ((found[1:3] - limits).abs() < 1e-30)
+            assert (same | limits.isnan()).all(), name
+
+
+def test_sums_and_biases(compiled):
+    x, wide, run = compiled
+    *_, total, kept, layer = run(x, wide)
+    assert torch.allclose(total, wide.sum(0), atol=1e-5)
+    assert kept.shape == (1, 7)
+    assert torch.allclose(layer, functional.linear(wide, wide[:5], x[:5]), atol=1e-4)
+
+
+def test_double_precision_is_exact():
+    x = torch.linspace(-30, 30, 1001).double()
+    graph = capture(lambda x: (torch.tanh(x), functional.softplus(x)), x, flat=True)
+    tanh, softplus = lower(graph, [x])(x)
+    assert torch.allclose(tanh, torch.tanh(x), rtol=1e-14)
+    assert torch.allclose(softplus, functional.softplus(x), rtol=1e-13)
+
+
+def test_capture_refuses_what_reads_a_value():
+    def branching(x):
+        return x + 1 if float(x.sum()) > 0 else x
+
+    with pytest.raises(StagingError, match="branches on data"):
+        capture(branching, torch.ones(3))
+
+
+def test_captured_noise_is_fresh_and_follows_the_seed():
+    graph = capture(lambda x: x + torch.randn_like(x), torch.zeros(5))
+    torch.manual_seed(0)
+    first, second = graph(torch.zeros(5)), graph(torch.zeros(5))
+    torch.manual_seed(0)
+    assert torch.equal(graph(torch.zeros(5)), first)
+    assert not torch.equal(first, second)
