@@ -29,7 +29,7 @@ FLOORS = [
     {"runs", "comparison", "plots", "arviz"},
     {"roster"},
     {"commands"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 
 

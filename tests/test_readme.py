@@ -30,6 +30,20 @@ def test_the_model_of_ones_own_trains_from_its_file(tmp_path, monkeypatch, capsy
     assert "nats" in capsys.readouterr().out
 
 
+def test_its_number_is_checked_by_the_commands_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(blocks("python")[0])
+    assert main(["train", "./mine.py:Mine", "--data", "digits", "--epochs", "2"]) == 0
+    (commands,) = [b for b in blocks("") if "pvae diagnose" in b]
+    evaluate, diagnose = (shlex.split(line)[1:] for line in commands.strip().splitlines())
+    assert main([*evaluate, "--num-particles", "50", "--budget", "100"]) == 0
+    assert "tolerance not met" in capsys.readouterr().out
+    small = ["--num-data", "20", "--num-particles", "20", "--num-runs", "200"]
+    assert main([*diagnose, *small]) == 0
+    assert "amortisation" in capsys.readouterr().out
+    assert (tmp_path / "runs/mine-digits-1/figures/gaps.png").exists()
+
+
 def test_the_python_lines_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pvae, "fit", functools.partial(pvae.fit, epochs=1, progress=False))

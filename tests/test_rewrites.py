@@ -37,9 +37,8 @@ def compiled():
             functional.linear(wide, wide[:5], x[:5]),
         )
 
-    x = torch.cat([
-        torch.linspace(-30, 30, 20_001), torch.randn(1000) * 1e-4, torch.tensor([0.0, 100.0, -100.0])
-    ])  # fmt: skip
+    far = torch.tensor([0.0, 100.0, -100.0])
+    x = torch.cat([torch.linspace(-30, 30, 20_001), torch.randn(1000) * 1e-4, far])
     wide = torch.randn(100, 7)
     graph = capture(every, x, wide, flat=True)
     return x, wide, lower(graph, [x, wide])
@@ -63,7 +62,7 @@ def test_what_is_not_finite_stays_so(compiled):
         assert found[0].isnan()
         limits = FUNCTIONS[name](special[1:3].double())
         if name != "bernoulli":  # inf - inf there, not finite either way
-            same = (found[1:3] == limits) | ((found[1:3] - limits).abs() < 1e-30)
+            same = (found[1:3] == limits) | ((found[1:3] - limits).abs() < 1e-6)
             assert (same | limits.isnan()).all(), name
 
 
