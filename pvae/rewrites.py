@@ -10,16 +10,17 @@ Importing this module imports the compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.decomposition import decompositions
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
-__all__ = ["decompositions"]
+__all__ = ["in_place"]
 
 # 2^f for f in [0, 1]: relative error 8e-8.
 _EXP2 = (0.9999999269249813, 0.6931529681766547, 0.2401545298866001, 0.05582360446256551,
@@ -40,8 +41,12 @@ _TANH_Q = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04,
 _LONG = 64  # rows from which a sum down the columns is worth a matrix product
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's own table of decompositions, with ours in place of some of them."""
+@contextlib.contextmanager
+def in_place() -> Iterator[None]:
+    """Puts ours in the place of Inductor's own decompositions while it compiles.
+
+    Handed over as an argument they would keep it from looking into its cache.
+    """
     aten = torch.ops.aten
     ours: dict[Any, Callable[..., Any]] = {
         aten.addmm.default: _addmm,
@@ -52,8 +57,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.sum.dim_IntList: _sum,
         aten.tanh.default: _tanh,
     }
-    table = select_decomp_table()
-    return {**table, **{op: _unless_unfit(mine, table.get(op)) for op, mine in ours.items()}}
+    theirs = {op: decompositions.get(op) for op in ours}
+    decompositions.update({op: _unless_unfit(mine, theirs[op]) for op, mine in ours.items()})
+    try:
+        yield
+    finally:
+        for op, own in theirs.items():
+            decompositions.pop(op)
+            if own is not None:
+                decompositions[op] = own
 
 
 def _unless_unfit(mine: Callable[..., Any], theirs: Callable[..., Any] | None) -> Any:

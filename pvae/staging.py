@@ -70,13 +70,18 @@ def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         with torch.no_grad(), _own_noise(inputs), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
             import torch._inductor.config as settings
+            from torch._guards import TracingContext, tracing
             from torch._inductor.compile_fx import compile_fx
+            from torch._subclasses import FakeTensorMode
+            from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-            from pvae.rewrites import decompositions
+            from pvae import rewrites
 
             options = {"fallback_random": True, "cpp.enable_floating_point_contract_flag": "fast"}
-            with settings.patch(options):
-                run: Any = compile_fx(graph, inputs, decompositions=decompositions())  # type: ignore[arg-type]
+            # Inductor looks into its cache only where shapes are tracked, fixed as they are here.
+            shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
+            with settings.patch(options), tracing(TracingContext(shapes)), rewrites.in_place():
+                run: Any = compile_fx(graph, inputs)  # type: ignore[arg-type]
                 run(*inputs)  # compiles here and not at the first step
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]

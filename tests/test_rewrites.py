@@ -74,6 +74,17 @@ def test_sums_and_biases(compiled):
     assert torch.allclose(layer, functional.linear(wide, wide[:5], x[:5]), atol=1e-4)
 
 
+def test_the_compilers_cache_is_used():
+    """A graph that the cache passes by is compiled anew in every process."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    x = torch.ones(3)
+    lower(capture(lambda x: (torch.tanh(x),), x, flat=True), [x])
+    assert not counters["inductor"]["fxgraph_cache_bypass"]
+    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
+
+
 def test_double_precision_is_exact():
     x = torch.linspace(-30, 30, 1001).double()
     graph = capture(lambda x: (torch.tanh(x), functional.softplus(x)), x, flat=True)
