@@ -279,9 +279,7 @@ def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any,
             f"--num-temperatures is for --method annealed or smc, got --method {method}"
         )
     if method in ("annealed", "smc"):
-        estimator = getattr(evidence, method, None)
-        if estimator is None:
-            raise OptionError(f"--method {method} is not in this version: use importance or auto")
+        estimator = getattr(evidence, method)
         temperatures = arguments.num_temperatures or 1000
         with _progress(f"{method}, {temperatures} temperatures") as progress:
             found = estimator(*pair, num_temperatures=temperatures, seed=seed, progress=progress)

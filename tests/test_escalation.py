@@ -63,6 +63,19 @@ def test_limit_depends_on_the_number_of_weights():
     assert pareto_limit(10**6) == 0.7
 
 
+def test_the_standard_ladder_reaches_annealing_where_the_guide_is_far_too_narrow(pair):
+    model, x = pair[0], pair[1][:15]
+    found = auto(model, scaled_guide(model, 0.25), x, tolerance=0.1, budget=None, num_particles=500)
+    methods = [name for name in found.methods if not name.endswith("not met")]
+    assert sum(name.startswith("annealed") for name in methods) > 2
+    assert len(methods) > 0.9 * len(x)
+    annealed = torch.tensor([name.startswith("annealed") for name in found.methods])
+    error = (found.log_evidence - model.log_evidence(x))[annealed]
+    assert error.square().mean().sqrt() < 0.1
+    plain = importance(model, scaled_guide(model, 0.25), x, 500).log_evidence
+    assert error.abs().mean() < (plain - model.log_evidence(x))[annealed].abs().mean()
+
+
 def test_narrow_guides_are_escalated_and_the_error_meets_the_tolerance(pair):
     model, x = pair
     guide, calls = scaled_guide(model, 0.25), []
