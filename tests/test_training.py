@@ -500,7 +500,14 @@ def test_memory_stays_flat():
         return x
 
     pvae.fit(
-        model, guide, small_data(40), preprocess=watch, batch_size=4, epochs=40, progress=False
+        model,
+        guide,
+        small_data(40),
+        preprocess=watch,
+        batch_size=4,
+        epochs=40,
+        engine="eager",
+        progress=False,
     )
     measured = [c for c in counts if c]
     assert measured[1] <= measured[0] + 10
