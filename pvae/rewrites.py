@@ -2,8 +2,8 @@
 
 Single precision on a CPU only. Elementary functions go through polynomials of single-precision
 accuracy, which compile to a few vector instructions where a library call costs two to four times as
-much; a linear layer's bias is added where its output is used, instead of being copied into the
-output first; and its gradient, a sum down long columns, is a matrix product.
+much, and a linear layer's bias is added where its output is used, instead of being copied into the
+output first.
 
 Importing this module imports the compiler.
 """
@@ -38,9 +38,6 @@ _TANH_Q = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04,
            1.19825839466702e-06)  # fmt: skip
 
 
-_LONG = 64  # rows from which a sum down the columns is worth a matrix product
-
-
 @contextlib.contextmanager
 def in_place() -> Iterator[None]:
     """Puts ours in the place of Inductor's own decompositions while it compiles.
@@ -54,7 +51,6 @@ def in_place() -> Iterator[None]:
         aten.log_sigmoid_forward.default: _log_sigmoid_forward,
         aten.sigmoid.default: _sigmoid,
         aten.softplus.default: _softplus,
-        aten.sum.dim_IntList: _sum,
         aten.tanh.default: _tanh,
     }
     theirs = {op: decompositions.get(op) for op in ours}
@@ -103,13 +99,6 @@ def _softplus(x: Tensor, beta: Any = 1, threshold: Any = 20) -> Any:
 
 def _log_sigmoid_forward(x: Tensor) -> Any:
     return x.clamp(max=0) - torch.ops.pvae.softplus_tail(x), x.new_empty(0)
-
-
-def _sum(x: Tensor, dim: Any = None, keepdim: Any = 0, *, dtype: Any = None) -> Any:
-    if x.dim() != 2 or not dim or list(dim) != [0] or len(x) < _LONG or dtype is not None:
-        return NotImplemented
-    total = torch.mm(x.new_ones(1, len(x)), x)
-    return total if keepdim else total.squeeze(0)
 
 
 def _sigmoid(x: Tensor) -> Any:
