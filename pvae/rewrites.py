@@ -92,7 +92,7 @@ def _binary_cross_entropy_with_logits(
 
 
 def _softplus(x: Tensor, beta: Any = 1, threshold: Any = 20) -> Any:
-    if beta != 1:
+    if beta != 1 or threshold < 20:  # below it the linear part is another function
         return NotImplemented
     return x.clamp(min=0) + torch.ops.pvae.softplus_tail(x)
 

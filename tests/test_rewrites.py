@@ -18,6 +18,7 @@ FUNCTIONS = {
     "silu": functional.silu,
     "tanh": torch.tanh,
     "softplus": functional.softplus,
+    "softplus, linear early": lambda x: functional.softplus(x, threshold=1.0),
     "logsigmoid": functional.logsigmoid,
     "bernoulli": lambda x: functional.binary_cross_entropy_with_logits(
         x, torch.full_like(x, 0.3), reduction="none"
