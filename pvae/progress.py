@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-__all__ = ["Reporter", "describe"]
+__all__ = ["Reporter", "describe", "watched"]
 
 _INTERVAL = 0.2  # seconds between redraws: reading a value from a GPU waits for it
 
@@ -97,3 +98,35 @@ class Reporter:
             self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.enabled and (epoch % self.line_every == 0 or epoch in (1, self.epochs)):
             self.say(f"epoch {epoch}/{self.epochs}: {describe(row)}")
+
+
+@contextlib.contextmanager
+def watched(
+    progress: bool | Callable[[int, float], None],  # noqa: FBT001
+    title: str,
+    total: int,
+) -> Iterator[Callable[[int, float], None]]:
+    """What an iteration is told to: the function given, a bar on a terminal, or nothing.
+
+    Args:
+        progress: A function of (iteration, objective in nats per datum); ``True`` for the bar.
+        title: What stands before the bar.
+        total: The most iterations.
+    """
+    console = Console(stderr=True)
+    if callable(progress) or not (progress and console.is_terminal):
+        yield progress if callable(progress) else lambda iteration, objective: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed}/{task.total}  {task.fields[objective]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total, objective="")
+
+        def report(iteration: int, objective: float) -> None:
+            bar.update(task, completed=iteration, objective=f"{objective:.3f} nats/datum")
+
+        yield report

@@ -16,14 +16,14 @@ import pvae
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "rewrites", "seeds"},
-    {"log_weights", "checkpoints", "staging", "precision"},
+    {"log_weights", "checkpoints", "progress", "staging", "precision"},
     {"networks", "distributions", "families", "models", "guides"},
     {"particles"},
     {"bounds"},
     {"gradients", "schedules"},
     {"objectives", "data"},
     {"evidence", "baselines"},
-    {"engine", "progress"},
+    {"engine"},
     {"training"},
     {"catalogue"},
     {"runs", "comparison", "plots", "arviz"},

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal
 
-from pvae.baselines import Density, as_sizes, at_least, non_negative, watch_convergence
+from pvae.baselines.density import (
+    Density,
+    as_sizes,
+    at_least,
+    non_negative,
+    watch_convergence,
+)
 from pvae.errors import DataError, OptionError
 
 __all__ = ["PPCA", "FactorAnalysis"]
 
+_BLOCK_ROWS = 8192
+
 
 class FactorAnalysis(Density):
-    r"""``x = m + W z + e`` with ``z ~ N(0, I_q)``, ``e ~ N(0, diag(psi))``: ``N(m, W W' + psi)``.
+    r"""Linear-Gaussian factors with a noise variance per feature: ``N(m, W W' + diag(psi))``.
 
-    Maximum likelihood by scikit-learn (Barber 2012, section 21.1).
+    ``x = m + W z + e`` with ``z ~ N(0, I_q)`` and ``e ~ N(0, diag(psi))``, by maximum likelihood
+    with scikit-learn (Barber 2012, section 21.1).
 
     Args:
         n_components: q, or several to choose from by the mean log density of ``valid``.
@@ -27,11 +38,20 @@ class FactorAnalysis(Density):
         tolerance: Stop at a smaller gain of the training log-likelihood, nats in total.
         seed: Of the randomised SVD.
 
+    Attributes:
+        mean: m, ``(D,)`` float64.
+        loadings: W, ``(D, q)`` float64.
+        noise_variance: psi, ``(D,)`` float64.
+
     Raises:
         OptionError: An option out of its range.
     """
 
     name = "factor-analysis"
+
+    mean: Tensor
+    loadings: Tensor
+    noise_variance: Tensor
 
     def __init__(
         self,
@@ -69,30 +89,37 @@ class FactorAnalysis(Density):
             value, max_iter=self.max_iterations, tol=self.tolerance, random_state=self.seed
         )
         rows = x.double().cpu().numpy()
-        self._factors, self.converged = watch_convergence(lambda: factors.fit(rows))
-        self._factors.noise_variance_ = self._factors.noise_variance_.clip(self.min_noise)
+        fitted, self.converged = watch_convergence(lambda: factors.fit(rows))
+        found = (fitted.mean_, fitted.components_.T.copy(), fitted.noise_variance_)
+        self.mean, self.loadings, noise = (torch.from_numpy(array) for array in found)
+        self.noise_variance = noise.clamp(min=self.min_noise)
 
     def _log_density(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self._factors.score_samples(x.double().cpu().numpy()))
+        mean, loadings, noise = (
+            each.to(x.device) for each in (self.mean, self.loadings, self.noise_variance)
+        )
+        normal: Any = LowRankMultivariateNormal(mean, loadings, noise, validate_args=False)
+        blocks = torch.split(x, _BLOCK_ROWS)
+        return torch.cat([normal.log_prob(rows.double()) for rows in blocks])
 
     def _draw(self, n: int, seed: int) -> Tensor:
-        mean, loadings, noise = (
-            torch.from_numpy(array)
-            for array in (
-                self._factors.mean_,
-                self._factors.components_,
-                self._factors.noise_variance_,
-            )
-        )
-        return _draw_linear(n, seed, mean, loadings.T, noise)
+        return _draw_linear(n, seed, self.mean, self.loadings, self.noise_variance)
+
+    def _state(self) -> dict[str, Tensor]:
+        return {
+            "mean": self.mean,
+            "loadings": self.loadings,
+            "noise_variance": self.noise_variance,
+        }
 
 
 class PPCA(Density):
-    r"""``x = m + W z + e`` with ``z ~ N(0, I_q)``, ``e ~ N(0, s2 I)``: ``N(m, W W' + s2 I)``.
+    r"""Probabilistic principal components, in closed form: ``N(m, W W' + s2 I)``.
 
-    The maximum of the likelihood is in closed form: with the eigenvalues ``l_1 >= l_2 >= ...`` of
-    the sample covariance (over N, not N - 1) and its eigenvectors U, ``s2`` is the mean of the
-    D - q last ones and ``W = U_q (diag(l_1 .. l_q) - s2 I)^(1/2)``.
+    ``x = m + W z + e`` with ``z ~ N(0, I_q)`` and ``e ~ N(0, s2 I)``. With the eigenvalues
+    ``l_1 >= l_2 >= ...`` of the sample covariance (over N, not N - 1) and its eigenvectors U, the
+    likelihood is largest where ``s2`` is the mean of the D - q last eigenvalues and
+    ``W = U_q (diag(l_1 .. l_q) - s2 I)^(1/2)``.
 
     Tipping & Bishop (1999). Probabilistic principal component analysis.
 
@@ -158,6 +185,10 @@ class PPCA(Density):
         log_det = variances.log().sum() + (width - size) * noise.log()
         mahalanobis: Tensor = (along / variances).sum(1) + across / noise
         return -0.5 * (mahalanobis + log_det + width * math.log(2 * math.pi))
+
+    def _state(self) -> dict[str, Tensor]:
+        names = ("mean", "noise_variance", "_variances", "_directions")
+        return {name: getattr(self, name) for name in names}
 
     def _draw(self, n: int, seed: int) -> Tensor:
         noise = self.noise_variance.cpu().expand(self.mean.shape)

@@ -1,34 +1,45 @@
-"""Mixture of Gaussians by EM, with scikit-learn behind it."""
+"""Mixture of Gaussians by EM on the device of the rows, equal to scikit-learn's from one start."""
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
+from typing import Any, Self, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.baselines import Density, as_sizes, at_least, non_negative, watch_convergence
-from pvae.errors import DataError, OptionError, did_you_mean
+from pvae.baselines.density import non_negative
+from pvae.baselines.elliptical import Elliptical, half_log_det, traces
+from pvae.baselines.em import Parameters, Score, Summarize
+from pvae.baselines.mixture import Options
+from pvae.errors import OptionError
 
 __all__ = ["GaussianMixture"]
 
-_COVARIANCES = ("full", "tied", "diag", "spherical")
+_LOG_TWO_PI = math.log(2 * math.pi)
 
 
-class GaussianMixture(Density):
-    r"""``p(x) = sum_k pi_k N(x; m_k, S_k)``, estimated by EM from a k-means start.
+class GaussianMixture(Elliptical):
+    r"""Mixture of Gaussians, by EM from a k-means start: ``sum_k pi_k N(x; m_k, S_k)``.
+
+    The M-step is scikit-learn's: ``S_k`` is the weighted scatter over its rows plus ``reg_covar``
+    in the variances, so that from one start both follow the same path. With a covariance prior,
+    ``S_k = (scatter_k + s S_0) / (n_k + s) + reg_covar I``, the mode under an inverse-Wishart prior
+    whose own mode is ``S_0``, the diagonal of the features' variances (Fraley & Raftery 2007).
 
     Args:
-        n_components: K, or several to choose from by the mean log density of ``valid``.
+        n_components: K, or several to choose from by the mean log density of ``valid`` or BIC.
         covariance_type: ``"full"``, ``"tied"`` (one S for all), ``"diag"`` or ``"spherical"``.
         reg_covar: Added to the variances in every M-step. It alone keeps the density of a constant
             feature finite, so compare only densities fitted with the same value.
-        restarts: Number of starts; the best training likelihood is kept.
-        max_iterations: Most EM steps of a start.
-        tolerance: Stop at a smaller gain of the training log-likelihood, nats per datum.
-        seed: Of the starts.
+        covariance_prior: s, how many rows the prior counts; 0 is maximum likelihood.
+        **options: Those of every :class:`pvae.baselines.mixture.Mixture`.
+
+    Attributes:
+        weights: pi, ``(K,)`` float64.
+        means: m, ``(K, D)`` float64.
+        covariances: S: ``(K, D, D)``, ``(D, D)``, ``(K, D)`` or ``(K,)`` by ``covariance_type``.
 
     Raises:
         OptionError: An option out of its range.
@@ -42,71 +53,100 @@ class GaussianMixture(Density):
         *,
         covariance_type: str = "full",
         reg_covar: float = 1e-6,
-        restarts: int = 1,
-        max_iterations: int = 100,
-        tolerance: float = 1e-3,
-        seed: int = 0,
+        covariance_prior: float = 0.0,
+        **options: Unpack[Options],
     ) -> None:
-        if covariance_type not in _COVARIANCES:
-            hint = did_you_mean(covariance_type, _COVARIANCES)
-            raise OptionError(f"no covariance_type is called {covariance_type!r}: {hint}")
-        as_sizes(n_components)
-        self.n_components = n_components
-        self.covariance_type = covariance_type
-        self.reg_covar = non_negative("reg_covar", reg_covar)
-        self.restarts = at_least("restarts", restarts, 1)
-        self.max_iterations = at_least("max_iterations", max_iterations, 1)
-        self.tolerance = non_negative("tolerance", tolerance)
-        self.seed = seed
+        super().__init__(
+            n_components, covariance_type=covariance_type, reg_covar=reg_covar, **options
+        )
+        self.covariance_prior = non_negative("covariance_prior", covariance_prior)
 
-    @property
-    def num_parameters(self) -> int:
-        """``K D`` means, ``K - 1`` weights and the covariances' free entries."""
-        width = self._fitted_shape()[1]
-        size: int = self.chosen
-        triangle = width * (width + 1) // 2
-        covariances = {
-            "full": size * triangle,
-            "tied": triangle,
-            "diag": size * width,
-            "spherical": size,
-        }
-        return size * width + size - 1 + covariances[self.covariance_type]
+    @classmethod
+    def from_parameters(
+        cls, weights: Any, means: Any, covariances: Any, *, covariance_type: str = "full"
+    ) -> Self:
+        """A mixture that is known: to score and sample, or as the ``start`` of another.
 
-    def _estimate(self, x: Tensor, value: int) -> None:
-        from sklearn.mixture import GaussianMixture as Mixture
-
-        if len(x) < max(value, 2):
+        Raises:
+            OptionError: The shapes do not fit each other.
+        """
+        arrays = [torch.as_tensor(a, dtype=torch.float64) for a in (weights, means, covariances)]
+        mixture = cls(len(arrays[0]), covariance_type=covariance_type)
+        if arrays[1].ndim != 2 or len(arrays[1]) != len(arrays[0]):
             raise OptionError(
-                f"GaussianMixture(n_components={value}) needs at least {max(value, 2)} rows, "
-                f"got {len(x)}: lower n_components or pass more rows"
+                f"means must have shape ({len(arrays[0])}, D), got {tuple(arrays[1].shape)}"
             )
-        mixture = Mixture(
-            value,
-            covariance_type=self.covariance_type,
-            reg_covar=self.reg_covar,
-            n_init=self.restarts,
-            max_iter=self.max_iterations,
-            tol=self.tolerance,
-            random_state=self.seed,
+        shape = mixture.covariance_shape(*arrays[1].shape)
+        if arrays[2].shape != shape:
+            raise OptionError(
+                f"{covariance_type} covariances must have shape {shape}, got "
+                f"{tuple(arrays[2].shape)}"
+            )
+        mixture.shift = mixture.scale = torch.zeros_like(arrays[1][0])
+        parameters = {"means": arrays[1], "covariances": arrays[2]}
+        return mixture._set(arrays[1].shape[1], arrays[0] / arrays[0].sum(), parameters)
+
+    def initial(
+        self, x: Tensor, size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Parameters]:
+        """The moments of the rows around each k-means centre."""
+        counts, statistics = self.moments(x, size, generator)
+        return counts / counts.sum(), self.maximise(counts, statistics)
+
+    def score(self, parameters: Parameters, dtype: torch.dtype) -> Score:
+        """Squared distances by matrix products of all rows with all components."""
+        factor = self.factor(parameters)
+        distance = self.distance(parameters, factor, dtype)
+        width = parameters["means"].shape[1]
+        constant = (half_log_det(factor) - 0.5 * width * _LOG_TWO_PI).to(dtype)
+        shift = self.shift.to(dtype)
+
+        def score(x: Tensor) -> tuple[Tensor, Summarize]:
+            moved = x - shift
+            return distance(moved).mul_(-0.5).add_(constant), lambda r: self.statistics(moved, r)
+
+        return score
+
+    def maximise(self, counts: Tensor, statistics: tuple[Tensor, ...]) -> Parameters:
+        """Weighted means and scatter, with the prior's rows and the floor."""
+        first, second = statistics
+        means = first / counts.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        scatter = self.scatter(first, second, means) + self.covariance_prior * self._prior_mode()
+        mass = self._mass(counts).clamp(min=torch.finfo(torch.float64).tiny)
+        return {"means": means + self.shift, "covariances": self.over_mass(scatter, mass)}
+
+    def log_prior(self, parameters: Parameters) -> Tensor:
+        """``-s/2 (log |S_k| + tr(S_0 S_k^-1))``, summed over covariances, up to a constant."""
+        if not self.covariance_prior:
+            return super().log_prior(parameters)
+        factor = self.factor(parameters)
+        log_det, trace = (
+            -2 * half_log_det(factor).sum(),
+            traces(factor, self._mode_diagonal()).sum(),
         )
-        rows = x.double().cpu().numpy()
-        try:
-            self._mixture, self.converged = watch_convergence(lambda: mixture.fit(rows))
-        except ValueError:
-            raise DataError(self._singular(x, value)) from None
+        return -0.5 * self.covariance_prior * (log_det + trace)
 
-    def _singular(self, x: Tensor, value: int) -> str:
-        constant = (x == x[0]).all(0).nonzero().flatten().tolist()
-        why = f"feature {constant[0]} is constant" if constant else "too few rows for a component"
-        return (
-            f"GaussianMixture(n_components={value}, reg_covar={self.reg_covar}) met a singular "
-            f"covariance ({why}): raise reg_covar or lower n_components"
-        )
+    def slack(self, before: Parameters, after: Parameters, counts: Tensor) -> float:
+        """As without a prior, whose rows count too."""
+        return super().slack(before, after, self._mass(counts))
 
-    def _log_density(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self._mixture.score_samples(x.double().cpu().numpy()))
+    def draw(self, parameters: Parameters, which: Tensor, generator: torch.Generator) -> Tensor:
+        """The component's mean plus noise."""
+        return parameters["means"][which] + self.noise(parameters, which, generator)
 
-    def _draw(self, n: int, seed: int) -> Tensor:
-        rows, _ = copy.copy(self._mixture).set_params(random_state=seed).sample(n)
-        return torch.from_numpy(np.random.default_rng(seed).permutation(rows))
+    def _mass(self, counts: Tensor) -> Tensor:
+        """Rows behind each covariance, those of the prior included; ``(1,)`` where it is tied."""
+        rows = counts.sum().reshape(1) if self.covariance_type == "tied" else counts
+        return rows + self.covariance_prior
+
+    def _mode_diagonal(self) -> Tensor:
+        """The variances of ``S_0``."""
+        spherical = self.covariance_type == "spherical"
+        return self.scale.mean().expand_as(self.scale) if spherical else self.scale
+
+    def _prior_mode(self) -> Tensor:
+        """``S_0`` in the shape of a covariance."""
+        diagonal = self._mode_diagonal()
+        if self.covariance_type == "spherical":
+            return diagonal[0]
+        return diagonal if self.covariance_type == "diag" else diagonal.diag()

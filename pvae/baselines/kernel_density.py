@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pvae.baselines import Density
+from pvae.baselines.density import Density
 from pvae.errors import DataError, OptionError
 
 __all__ = ["KernelDensity"]
@@ -17,12 +17,15 @@ _NUM_BANDWIDTHS = 15
 
 
 class KernelDensity(Density):
-    r"""``p(x) = 1/N sum_i N(x; x_i, h^2 I)``, the exact mixture over all N training rows.
+    r"""A Gaussian kernel on every training row: ``p(x) = 1/N sum_i N(x; x_i, h^2 I)``.
 
     Args:
         bandwidth: h in the data's units, or several to choose from by the mean log density of
             ``valid``; ``"valid"`` chooses among 15, evenly spaced in log h from 0.01 to 3 times the
             root mean variance of the features.
+
+    Attributes:
+        rows: The training rows, ``(N, D)`` float64.
 
     Raises:
         OptionError: An option out of its range.
@@ -30,6 +33,8 @@ class KernelDensity(Density):
 
     name = "kernel-density"
     option = "bandwidth"
+
+    rows: Tensor
 
     def __init__(self, bandwidth: float | str | Sequence[float] = "valid") -> None:
         self.bandwidth = bandwidth
@@ -73,10 +78,17 @@ class KernelDensity(Density):
         # One leaf sums over all rows. With the default leaf_size the tree's running bounds cancel
         # in high dimension: scikit-learn's log densities are then wrong by 10 to 5000 nats.
         kernels = Kernels(bandwidth=value, kernel="gaussian", leaf_size=len(x))
-        self._kernels = kernels.fit(x.double().cpu().numpy())
+        self.rows = x.double().cpu()
+        self._kernels = kernels.fit(self.rows.numpy())
 
     def _log_density(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self._kernels.score_samples(x.double().cpu().numpy()))
 
     def _draw(self, n: int, seed: int) -> Tensor:
         return torch.from_numpy(self._kernels.sample(n, random_state=seed))
+
+    def _state(self) -> dict[str, Tensor]:
+        return {"rows": self.rows}
+
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        self._estimate(state["rows"], self.chosen)
