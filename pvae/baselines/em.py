@@ -304,8 +304,9 @@ class EM:
     ) -> float:
         """The most by which the objective may fall: what the M-step gave away, and rounding."""
         given = family.slack(before.parameters, after.parameters, old.counts) / len(x)
-        eps, cancelled = torch.finfo(x.dtype).eps, _rounding(family, after.parameters, x) or 0.0
-        return max(given, 0.0) + 8 * (eps * (abs(objective) + x.shape[1]) + cancelled)
+        eps = torch.finfo(x.dtype).eps
+        cancelled = [_rounding(family, fit.parameters, x) or 0.0 for fit in (before, after)]
+        return max(given, 0.0) + 8 * (eps * (abs(objective) + x.shape[1]) + max(cancelled))
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
