@@ -42,6 +42,7 @@ __all__ = [
     "reconstructions",
     "samples_beside_data",
     "save",
+    "selection_curves",
     "training_curves",
     "weights_diagnostics",
 ]
@@ -310,6 +311,47 @@ def _kinds_legend(figure: Any, rows: Sequence[Any]) -> None:
     if any(row.elbo is not None for row in rows):
         handles.append(Line2D([], [], marker="|", color=_GREY, ls="", ms=11, mew=2, label="ELBO"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+
+
+def selection_curves(densities: Mapping[str, Any]) -> Figure:
+    """How each density chose its size: the criterion against the candidates, the choice ringed.
+
+    Args:
+        densities: Name -> a fitted baseline; those that had nothing to choose are left out.
+
+    Raises:
+        DataError: None of them had anything to choose.
+    """
+    chosen = {name: each for name, each in densities.items() if getattr(each, "selection", None)}
+    if not chosen:
+        raise DataError("none of the densities had a size to choose: give several n_components")
+    rows, columns = _rows_and_columns(len(chosen))
+    figure = _figure(3.6 * columns, 2.7 * rows)
+    grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axes, (name, density), colour in zip(
+        grid, chosen.items(), itertools.cycle(_COLOURS), strict=False
+    ):
+        values = sorted(density.selection)
+        heights = [density.selection[value] for value in values]
+        axes.plot(values, heights, "o-", color=colour, ms=4)
+        best = density.selection[density.chosen]
+        axes.plot(density.chosen, best, "o", ms=11, mfc="none", mec=_INK)
+        finite = [height for height in heights if math.isfinite(height)]
+        spread = best - float(np.median(finite))
+        # A candidate that fails by thousands of nats would flatten all others.
+        axes.set_ylim(max(min(finite), best - 4 * spread) - 0.1 * spread, best + 0.3 * spread)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        ticks = values if len(values) <= 8 else values[:: len(values) // 4]
+        axes.set_xticks(ticks, [f"{value:.2g}" if value < 1 else f"{value:g}" for value in ticks])
+        axes.set_title(_words(name, 30), fontsize=10)
+        axes.set_xlabel(density.option)
+        _polish(axes)
+    for axes in grid[len(chosen) :]:
+        axes.set_visible(False)
+    for axes in grid[::columns]:
+        axes.set_ylabel("criterion (nats per datum)")
+    return figure
 
 
 def weights_diagnostics(evidence: Evidence) -> Figure:

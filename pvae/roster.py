@@ -2,7 +2,8 @@
 
 Binary data: a Bernoulli mixture; VAEs trained by the ELBO, by IWAE-5 and by IWAE-5 with doubly
 reparameterised gradients (DReG). Other data: Gaussian mixtures, factor analysis, PPCA and kernel
-density; VAEs trained by the ELBO and by IWAE-5 DReG.
+density, and mixtures of factor analysers and of Student t densities; VAEs trained by the ELBO and
+by IWAE-5 DReG.
 """
 
 from __future__ import annotations
@@ -81,7 +82,12 @@ def _in_words(entry: Any) -> str:
     if option is None:
         return ""
     value = f"{chosen:.3g}" if isinstance(chosen, float) else str(chosen)
-    return f"{option} {value} (best of {max(1, len(entry.selection))}), "
+    floor = "".join(
+        f"{name} {getattr(entry, name):g}, "
+        for name in ("reg_covar", "min_noise")
+        if hasattr(entry, name)
+    )
+    return f"{option} {value} (best of {max(1, len(entry.selection))}), {floor}"
 
 
 # --- classical densities -------------------------------------------------------------------------
@@ -99,13 +105,26 @@ def _densities(dataset: Dataset, seed: int) -> dict[str, Fit]:
     factors = _sizes(2, 5, 10, 20, 30, 40, below=width)
     few = _sizes(1, 2, 5, 10, 20, below=rows // 2)
     many = _sizes(1, 5, 10, 20, 40, 80, 120, below=rows // 2)
+    mixture, floors = baselines.GaussianMixture, (1e-6, 1e-4, 1e-3)
     found = {
-        "Gaussian mixture, diagonal": _mixture("diag", many, dataset, seed),
-        "Gaussian mixture, full": _mixture("full", few, dataset, seed),
+        "Gaussian mixture, diagonal": _best_floor(
+            dataset, mixture, many, floors, covariance_type="diag", seed=seed
+        ),
+        "Gaussian mixture, full": _best_floor(
+            dataset, mixture, few, floors, covariance_prior=10.0, seed=seed
+        ),
         "factor analysis": _classical(baselines.FactorAnalysis(factors, seed=seed), dataset),
         "PPCA": _classical(baselines.PPCA(factors), dataset),
         "kernel density": _classical(baselines.KernelDensity(), dataset),
+        "Student t mixture, diagonal": _best_floor(
+            dataset, baselines.StudentTMixture, many, floors, covariance_type="diag", seed=seed
+        ),
     }
+    if width > 6:
+        found["mixture of factor analysers"] = _best_floor(
+            dataset, baselines.MixtureOfFactorAnalyzers, _sizes(5, 10, 20, 40, below=rows // 4),
+            (1e-5, 1e-4, 1e-3), floor="min_noise", num_factors=6, seed=seed,
+        )  # fmt: skip
     if rows * width > _LARGE:
         for name in ("Gaussian mixture, full", "kernel density"):
             found.pop(name)
@@ -121,16 +140,19 @@ def _classical(density: Any, dataset: Dataset) -> Fit:
     return lambda: density.fit(dataset.train.x, dataset.valid.x)
 
 
-def _mixture(covariance: str, sizes: list[int], dataset: Dataset, seed: int) -> Fit:
+def _best_floor(
+    dataset: Dataset,
+    density: type[Any],
+    sizes: list[int],
+    floors: tuple[float, ...],
+    *,
+    floor: str = "reg_covar",
+    **options: Any,
+) -> Fit:
     """The best number of components and floor of the variances, by the validation split."""
-    from pvae.baselines import GaussianMixture
-
-    tried = [
-        GaussianMixture(sizes, covariance_type=covariance, reg_covar=floor, seed=seed)
-        for floor in (1e-6, 1e-4, 1e-3)
-    ]
+    tried = [density(sizes, **{floor: value}, **options) for value in floors]
     return lambda: max(
-        (_classical(density, dataset)() for density in tried),
+        (_classical(each, dataset)() for each in tried),
         key=lambda fitted: max(fitted.selection.values(), default=0.0),
     )
 

@@ -540,6 +540,8 @@ def draw_board_figures(
         "samples": lambda: _samples(networks, classical, dataset),
         "reconstructions": lambda: _reconstructions(networks, dataset),
     }
+    if any(getattr(density, "selection", None) for density in classical.values()):
+        pictures["selection"] = lambda: plots.selection_curves(classical)
     if dataset.test.labels is not None:
         pictures["latents"] = lambda: _latent_scatter(best, dataset)
     for title, make in pictures.items():

@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from pvae import plots
+from pvae.baselines import PPCA, KernelDensity
 from pvae.comparison import Board, Row
 from pvae.errors import DataError
 from pvae.evidence import Evidence
@@ -271,3 +272,22 @@ def test_diagnostics_of_exact_evidence_are_drawn_too():
 def test_wrong_arguments(call, message):
     with pytest.raises(DataError, match=message):
         call()
+
+
+def test_selection_curves_ring_the_choice_and_leave_out_what_had_none():
+    rng = np.random.default_rng(0)
+    x, valid = rng.normal(size=(80, 5)), rng.normal(size=(40, 5))
+    densities = {
+        "PPCA": PPCA([1, 2, 3]).fit(x, valid),
+        "kernels": KernelDensity().fit(x, valid),
+        "fixed": PPCA(2).fit(x),
+    }
+    figure = plots.selection_curves(densities)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["PPCA", "kernels"]
+    ring = shown[0].lines[-1]
+    chosen = densities["PPCA"].chosen
+    assert ring.get_xdata()[0] == chosen
+    assert ring.get_ydata()[0] == densities["PPCA"].selection[chosen]
+    with pytest.raises(DataError, match="give several n_components"):
+        plots.selection_curves({"fixed": densities["fixed"]})
