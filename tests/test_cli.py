@@ -299,6 +299,8 @@ def test_compare_runs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None
                 "factor analysis",
                 "PPCA",
                 "kernel density",
+                "Student t mixture, diagonal",
+                "mixture of factor analysers",
                 "VAE, ELBO",
                 "VAE, IWAE-5 DReG",
             },
@@ -323,6 +325,7 @@ def test_compare_default_roster(treatment: list[str], expected: set[str]) -> Non
         "latents.png",
         "evidence.png",
         "board.png",
+        "selection.png",
     }
     assert main(["evaluate", "board/vae-elbo", "--num-particles", "5"]) == 0
 
