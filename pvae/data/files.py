@@ -156,4 +156,5 @@ def read_amat(path: Path, width: int) -> NDArray[np.uint8]:
     bits = text[(text > ord(" ")) & (text != ord(","))] - ord("0")
     if bits.size % width or (bits > 1).any():
         raise DataError(f"{path} is not lines of {width} zeros and ones: fetch it anew")
-    return bits.reshape(-1, width)
+    rows: NDArray[np.uint8] = bits.reshape(-1, width)
+    return rows
