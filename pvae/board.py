@@ -102,9 +102,9 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
         "sizes": [2, 5],
     },
     "quick": {
-        "about": "minutes: 6000 steps a VAE, 200 particles",
-        "steps": 6000, "epochs": 150, "batch_size": 100, "lr": 2e-3, "z_dim": 16,
-        "hidden": [200, 200], "activation": "silu", "engine": "staged", "num_particles": 200,
+        "about": "minutes: 5000 steps a VAE, 100 particles",
+        "steps": 5000, "epochs": 150, "batch_size": 100, "lr": 2e-3, "z_dim": 16,
+        "hidden": [200, 200], "activation": "silu", "engine": "staged", "num_particles": 100,
         "iterations": 30, "sizes": [5, 10, 20, 50, 100, 500],
     },
     "reduced": {
@@ -166,7 +166,7 @@ def _continuous(task: Task, schedule: Mapping[str, Any]) -> dict[str, Entry]:
     few = [size for size in sizes if size <= 20]
     factors = [size for size in (2, 5, 10, 20, 30, 40) if size <= max(schedule["sizes"])]
     factors = factors if is_small else [max(factors)]
-    floors = [1e-6, 1e-4, 1e-3] if is_small else [1e-3]
+    floors = [1e-6, 1e-4, 1e-3] if is_small else [1e-6]
     found = {
         "gaussian-mixture": _density(
             "Gaussian mixture, diagonal", "gaussian-mixture",
