@@ -191,13 +191,17 @@ def _unpack(path: Path, width: int) -> Arrays:
         return {part: np.unpackbits(arrays[part], axis=1, count=width) for part in PARTS}
 
 
-SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = {
-    "digits": digits,
-    "fashion-mnist": fashion_mnist,
-    "mnist": mnist,
-    "mnist-static": mnist_static,
-    **{name: _binary_density(name) for name in _DENSITY_SETS},
-}
+SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
+    sorted(
+        {
+            "digits": digits,
+            "fashion-mnist": fashion_mnist,
+            "mnist": mnist,
+            "mnist-static": mnist_static,
+            **{name: _binary_density(name) for name in _DENSITY_SETS},
+        }.items()
+    )
+)
 
 
 def _idx_set(
