@@ -1,4 +1,4 @@
-"""The command line: ``pvae train | evaluate | diagnose | compare | sample | list``.
+"""The command line: ``pvae train | evaluate | diagnose | compare | board | sample | list``.
 
 It reads words, options and configuration files; :mod:`pvae.commands` does the work. A mistake of
 the user's is one line on standard error and an exit code that is not zero.
@@ -188,6 +188,30 @@ def _fill_compare(parser: _Parser) -> None:
     parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of fits and draws (0)")
 
 
+def _fill_board(parser: _Parser) -> None:
+    parser.epilog = (
+        "Without BOARD, says what the boards hold. Every cell (data set x entry x seed) is kept\n"
+        "by its configuration: the same command again computes only what is missing, and a\n"
+        "killed one loses only the cells in flight."
+    )
+    parser.add_argument("board", nargs="?", metavar="BOARD", help="binary or continuous")
+    parser.add_argument("--data", type=_names, metavar="D,…", help="only these data sets")
+    parser.add_argument("--cells", type=_names, metavar="C,…", help="only these entries")
+    parser.add_argument(
+        "--schedule", metavar="S", default="quick", help="smoke, quick or reduced (quick)"
+    )
+    parser.add_argument("--seeds", type=_whole, metavar="N", default=1, help="of each entry (1)")
+    parser.add_argument(
+        "--jobs", type=_whole, metavar="N", help="cells at a time (one for each core)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="where to write (boards/BOARD-SCHEDULE)")
+    parser.add_argument("--run-cell", metavar="FOLDER", help=argparse.SUPPRESS)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _fill_sample(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument("--size", type=_whole, metavar="N", default=64, help="how many (64)")
@@ -343,6 +367,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
         _parsed(commands.compare),
         _fill_compare,
         "set VAEs and classical densities side by side",
+    ),
+    "board": (
+        _parsed(commands.board),
+        _fill_board,
+        "fit the public boards: many densities to many named data sets",
     ),
     "sample": (_parsed(commands.sample), _fill_sample, "draw data from a trained model"),
     "list": (

@@ -1,4 +1,4 @@
-"""What each command does once its words are parsed: train, evaluate, sample, compare, list.
+"""What each command does once its words are parsed: train, evaluate, compare, board, sample, list.
 
 Everything heavy is imported inside the functions, so that ``pvae --help`` answers at once.
 """
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import functools
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -20,12 +21,13 @@ from pvae import __version__, catalogue, roster, runs
 from pvae.errors import DataError, OptionError, ProgramError, RunError
 
 if TYPE_CHECKING:
+    from pvae.board import Cell
     from pvae.comparison import Board
     from pvae.data import Dataset
     from pvae.roster import Entry
     from pvae.training import Run
 
-__all__ = ["Programs", "compare", "diagnose", "evaluate", "list_names", "sample", "train"]
+__all__ = ["Programs", "board", "compare", "diagnose", "evaluate", "list_names", "sample", "train"]
 
 _FIT = (
     "epochs",
@@ -652,6 +654,86 @@ def _show(board: Board) -> None:
     from rich.console import Console
 
     Console().print(board.table())
+
+
+# --- board ---------------------------------------------------------------------------------------
+
+
+def board(arguments: argparse.Namespace) -> None:
+    """``pvae board``: compute what is missing of a board, and write its tables."""
+    from pvae import board as boards
+    from pvae import workers
+
+    if arguments.run_cell is not None:
+        from pvae import cells
+
+        cells.compute(workers.read_configuration(), Path(arguments.run_cell))
+        return
+    if arguments.board is None:
+        _say(boards.describe())
+        return
+    jobs = workers.num_cores() if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        raise OptionError(f"--jobs must be at least 1, got {jobs}")
+    chosen = boards.cells(
+        arguments.board,
+        schedule=arguments.schedule,
+        data=arguments.data,
+        entries=arguments.cells,
+        seeds=arguments.seeds,
+    )
+    out = Path(arguments.out or f"boards/{arguments.board}-{arguments.schedule}")
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    with workers.locked(out):
+        failed = _fill_cells(chosen, out / "cells", jobs)
+        _write_standings(chosen, failed, out)
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(chosen)} cells failed, the first: "
+            f"{next(iter(failed.values()))} (run the command again to try them again)"
+        )
+
+
+def _fill_cells(chosen: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
+    """Compute the cells that are missing, long ones first; digest -> reason of those that fail."""
+    from pvae import workers
+    from pvae.progress import CellReporter
+
+    for left in folder.glob(".*"):  # of a command that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    missing = [cell for cell in chosen if not (folder / cell.digest).exists()]
+    missing.sort(key=lambda cell: -cell.task.size)
+    work = [(folder / cell.digest, cell.config) for cell in missing]
+    failed = {}
+    with CellReporter(len(chosen), len(chosen) - len(missing)) as reporter:
+        outcomes = workers.run_all(work, jobs=jobs, started=lambda k: reporter.start(missing[k]))
+        for outcome in outcomes:
+            cell = missing[outcome.index]
+            if outcome.reason is not None:
+                failed[cell.digest] = outcome.reason
+            reporter.end(cell, outcome.seconds, outcome.reason)
+    return failed
+
+
+def _write_standings(chosen: list[Cell], failed: Mapping[str, str], out: Path) -> None:
+    from pvae import cells, plots, standings
+    from pvae.checkpoints import write_aside
+
+    found: list[Any] = []
+    for cell in chosen:
+        try:
+            result = cells.read(out / "cells" / cell.digest) if cell.digest not in failed else None
+            found.append(failed[cell.digest] if result is None else result)
+        except RunError as error:
+            found.append(str(error))
+    tables = standings.standings(chosen, found)
+    write_aside(out / "board.csv", standings.to_csv(tables).encode())
+    write_aside(out / "board.md", standings.markdown(tables).encode())
+    if any(table.num_data for table in tables):
+        runs.save_figure(lambda: plots.standings(tables), out / "board.png")
+    for table in tables:
+        _say(standings.as_text(table))
+    _say(f"wrote {out}: board.csv, board.md, board.png, cells")
 
 
 # --- list ----------------------------------------------------------------------------------------

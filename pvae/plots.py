@@ -43,6 +43,7 @@ __all__ = [
     "samples_beside_data",
     "save",
     "selection_curves",
+    "standings",
     "training_curves",
     "weights_diagnostics",
 ]
@@ -352,6 +353,78 @@ def selection_curves(densities: Mapping[str, Any]) -> Figure:
     for axes in grid[::columns]:
         axes.set_ylabel("criterion (nats per datum)")
     return figure
+
+
+def standings(tables: Sequence[Any]) -> Figure:
+    """Every data set of a public board: mean test log p ± 2 SE, and paired bootstrap intervals.
+
+    Args:
+        tables: What :func:`pvae.standings.standings` made; those without a finite mean are left
+            out.
+
+    Raises:
+        DataError: There is nothing to draw.
+    """
+    shown = {table.data: _finite_lines(table) for table in tables}
+    shown = {data: lines for data, lines in shown.items() if lines}
+    if not shown:
+        raise DataError("no cell of the board has a finite mean: there is nothing to draw")
+    heights = [1.6 + len(lines) for lines in shown.values()]
+    figure = _figure(11, 0.9 + 0.27 * sum(heights))
+    grid = figure.subplots(len(shown), 2, squeeze=False, width_ratios=(3, 2), height_ratios=heights)
+    for (left, right), (data, lines) in zip(grid, shown.items(), strict=True):
+        right.sharey(left)
+        for place, line in enumerate(lines):
+            _standing(left, right, place, line)
+        _standing_axes(left, right, data, lines)
+    grid[-1, 0].set_xlabel("mean test log p ± 2 SE (nats per datum)")
+    grid[-1, 1].set_xlabel("paired difference to the best of ours, 95 % (nats)")
+    _standings_legend(figure, [line for lines in shown.values() for line in lines])
+    return figure
+
+
+def _finite_lines(table: Any) -> list[Any]:
+    return [line for line in table.lines if line.mean is not None and math.isfinite(line.mean)]
+
+
+def _standing(left: Any, right: Any, place: int, line: Any) -> None:
+    if line.status == "published":
+        left.plot(line.mean, place, "D", mfc="white", mec=_GREY, ms=6)
+        return
+    marker, colour = _KINDS.get(line.kind, _KINDS["estimate"])
+    style = {"fmt": marker, "color": colour, "ms": 6, "capsize": 3, "elinewidth": 1.5}
+    left.errorbar(line.mean, place, xerr=2 * _or_zero(line.stderr), **style)
+    ends = [[_or_zero(line.difference - line.low)], [_or_zero(line.high - line.difference)]]
+    right.errorbar(line.difference, place, xerr=np.maximum(ends, 0), **style)
+
+
+def _standing_axes(left: Any, right: Any, data: str, lines: Sequence[Any]) -> None:
+    for axes in (left, right):
+        _polish(axes)
+        axes.grid(visible=True, axis="y", color="#EEEEEE")
+    left.set_yticks(range(len(lines)), [_words(line.title, 28) for line in lines], fontsize=8.5)
+    for label, line in zip(left.get_yticklabels(), lines, strict=True):
+        label.set_color("#666666" if line.status == "published" else _INK)
+    left.set_ylim(len(lines) - 0.5, -0.5)
+    left.set_title(data, loc="left", fontsize=11)
+    right.locator_params(axis="x", nbins=5)
+    right.axvline(0, color=_GREY, lw=1, zorder=0)
+    right.tick_params(axis="y", length=0, labelleft=False)
+
+
+def _standings_legend(figure: Any, lines: Sequence[Any]) -> None:
+    from matplotlib.lines import Line2D
+
+    kinds = {line.kind for line in lines}
+    handles = [
+        Line2D([], [], marker=marker, color=colour, ls="", ms=6, label=kind)
+        for kind, (marker, colour) in _KINDS.items()
+        if kind in kinds
+    ]
+    if "published" in kinds:
+        style: dict[str, Any] = {"marker": "D", "mfc": "white", "mec": _GREY, "ls": "", "ms": 6}
+        handles.append(Line2D([], [], label="published", **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 
 
 def weights_diagnostics(evidence: Evidence) -> Figure:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-__all__ = ["Reporter", "describe", "watched"]
+__all__ = ["CellReporter", "Reporter", "describe", "watched"]
 
 _INTERVAL = 0.2  # seconds between redraws: reading a value from a GPU waits for it
 
@@ -130,3 +130,57 @@ def watched(
             bar.update(task, completed=iteration, objective=f"{objective:.3f} nats/datum")
 
         yield report
+
+
+class CellReporter:
+    """Shows the cells of a board on standard error as they end.
+
+    Args:
+        total: Number of cells.
+        done: How many were there before.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.running: list[str] = []
+
+    def __enter__(self) -> CellReporter:
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=20),
+                       TextColumn("{task.description}"))  # fmt: skip
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total, completed=self.done)
+        self._say(f"{self.total} cells, {self.done} of them are there already")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def start(self, cell: object) -> None:
+        """The process of a cell has started."""
+        self.running.append(str(cell))
+        self._redraw()
+
+    def end(self, cell: object, seconds: float, reason: str | None) -> None:
+        """The process of a cell has ended, with the reason if it failed."""
+        self.running.remove(str(cell))
+        self.done += 1
+        ending = f"{seconds:.1f} s" if reason is None else f"failed: {reason}"
+        self._say(f"[{self.done}/{self.total}] {cell}: {ending}")
+        self._redraw()
+
+    def _redraw(self) -> None:
+        if self.bar is not None:
+            description = "; ".join(self.running)
+            self.bar.update(self.task, completed=self.done, description=description)
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)

@@ -115,6 +115,8 @@ def test_train_writes_one_folder(trained: Path) -> None:
         "hidden": [8],
         "activation": "silu",
         "likelihood": "gaussian",
+        "prior": "normal",
+        "prior_components": 10,
     }
     assert config["data_facts"]["x_dim"] == 64
     assert config["data_facts"]["num_levels"] == 17

@@ -636,6 +636,54 @@ def test_static_mnist_from_either_form(tmp_path, monkeypatch):
         load("mnist-static", root=packed.parent)
 
 
+def density_set(folder, name="nltcs", width=16):
+    """Small splits of a binary set for density estimation, as packed bits and as lines of text."""
+    rng = np.random.default_rng(1)
+    sizes = {"train": 6, "valid": 2, "test": 3}
+    bits = {part: rng.integers(0, 2, (n, width), dtype=np.uint8) for part, n in sizes.items()}
+    for form in ("text", "packed"):
+        (folder / form / "binary_density").mkdir(parents=True)
+    for part, array in bits.items():
+        path = folder / "text" / "binary_density" / f"{name}.{part}.data"
+        np.savetxt(path, array, fmt="%d", delimiter=",")
+    packed = {part: np.packbits(array, axis=1) for part, array in bits.items()}
+    np.savez(folder / "packed" / "binary_density" / f"{name}.npz", **packed, n_vars=width)
+    return bits
+
+
+def test_binary_density_from_either_form(tmp_path):
+    bits = density_set(tmp_path)
+    for form in ("text", "packed"):
+        data = load("nltcs", root=tmp_path / form)
+        assert (data.kind, data.image_shape, data.preprocess) == ("binary", None, None)
+        for part, array in bits.items():
+            assert torch.equal(getattr(data, part).x, torch.tensor(array).float())
+    (tmp_path / "text" / "binary_density" / "nltcs.test.data").write_text("0,1,2\n")
+    with pytest.raises(DataError, match="is not lines of 16 zeros and ones: fetch it anew"):
+        load("nltcs", root=tmp_path / "text")
+
+
+def test_binary_density_is_downloaded_once_and_its_bits_are_hashed(tmp_path, monkeypatch):
+    bits = density_set(tmp_path)
+    mirror = tmp_path / "mirror"
+    (tmp_path / "text" / "binary_density").rename(tmp_path / "text" / "nltcs")
+    (tmp_path / "text").rename(mirror)
+    hashes = {part: hashlib.sha256(array.tobytes()).hexdigest() for part, array in bits.items()}
+    monkeypatch.setattr(named, "_DENSITY", mirror.as_uri() + "/")
+    monkeypatch.setitem(named._DENSITY_SETS, "nltcs", (16, hashes, "a line"))
+    monkeypatch.setitem(SOURCES, "nltcs", named._binary_density("nltcs"))
+    first = load("nltcs", root=tmp_path / "cache")
+    assert torch.equal(first.test.x, torch.tensor(bits["test"]).float())
+    again = density_set(tmp_path / "again")["test"].copy()
+    again[0, 0] ^= 1
+    np.savetxt(mirror / "nltcs" / "nltcs.test.data", again, fmt="%d", delimiter=",")
+    assert same(first, load("nltcs", root=tmp_path / "cache"))
+    with pytest.raises(DataError, match="has SHA-256 .*, expected .*, and was not kept"):
+        load("nltcs", root=tmp_path / "other")
+    kept = {path.name for path in (tmp_path / "other").rglob("*.data")}
+    assert kept == {"nltcs.train.data", "nltcs.valid.data"}
+
+
 def test_damaged_idx(tmp_path):
     path = write_idx(tmp_path / "a.gz", np.zeros((3, 4), dtype=np.uint8))
     content = gzip.decompress(path.read_bytes())
@@ -868,3 +916,28 @@ def test_real_static_mnist(shelf):
         text = np.full((len(bits), 2 * 784), ord(" "), np.uint8)
         text[:, ::2], text[:, -1] = bits + ord("0"), ord("\n")
         assert hashlib.sha256(text.tobytes()).hexdigest() == named._STATIC_SHA256[part]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("nltcs", "16181/2157/3236 x 16"),
+        ("plants", "17412/2321/3482 x 69"),
+        ("accidents", "12758/1700/2551 x 111"),
+        ("mushrooms", "2000/500/5624 x 112"),
+        ("dna", "1600/400/1186 x 180"),
+        ("baudio", "15000/2000/3000 x 100"),
+    ],
+)
+def test_real_binary_density(shelf, name, shape):
+    if not (shelf / "binary_density").is_dir():
+        pytest.skip("set PVAE_DATA to a folder with binary_density")
+    data = load(name)
+    assert data.description() == f"{name}: {shape}, binary (none), original 0..1"
+    _, hashes, line = named._DENSITY_SETS[name]
+    assert f"by {data.x_dim} " in line or f"{data.x_dim} bits" in line
+    for part in ("train", "valid", "test"):
+        split = getattr(data, part)
+        assert f"{len(split)} {part}" in line
+        bits = split.x.numpy().astype(np.uint8).tobytes()
+        assert hashlib.sha256(bits).hexdigest() == hashes[part]

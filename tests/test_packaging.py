@@ -15,7 +15,7 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "rewrites", "seeds"},
+    {"errors", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
     {"networks", "distributions", "families", "models", "guides"},
     {"particles"},
@@ -26,7 +26,10 @@ FLOORS = [
     {"engine"},
     {"training"},
     {"catalogue"},
-    {"runs", "comparison", "plots", "arviz"},
+    {"runs", "comparison", "plots", "arviz", "board", "workers"},
+    {"segments"},
+    {"cells"},
+    {"standings"},
     {"roster"},
     {"commands"},
     {"cli", "__main__"},

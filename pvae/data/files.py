@@ -146,14 +146,15 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def read_amat(path: Path, width: int) -> NDArray[np.uint8]:
-    """A text file of ``0`` and ``1``, one row of ``width`` a line: ``(N, width)``.
+    """A text file of ``0`` and ``1``, one row of ``width`` a line, commas or not: ``(N, width)``.
 
     Raises:
         DataError: The file is something else.
     """
     with reading(path, "amat"):
         text = np.frombuffer(path.read_bytes(), np.uint8)
-    bits = text[text > ord(" ")] - ord("0")
+    bits = text[(text > ord(" ")) & (text != ord(","))] - ord("0")
     if bits.size % width or (bits > 1).any():
         raise DataError(f"{path} is not lines of {width} zeros and ones: fetch it anew")
-    return bits.reshape(-1, width)
+    rows: NDArray[np.uint8] = bits.reshape(-1, width)
+    return rows

@@ -39,6 +39,67 @@ _STATIC_SHA256 = {
     "valid": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
     "test": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
 }
+_DENSITY = (
+    "https://raw.githubusercontent.com/UCLA-StarAI/Density-Estimation-Datasets/"
+    "37d53c1a8ba488d0a39e8c64bd3387577080b143/datasets/"
+)
+# Name -> features, SHA-256 of the bits of each split (rows in order, a byte each), a line on it.
+_DENSITY_SETS = {
+    "nltcs": (
+        16,
+        {
+            "train": "73385b66808848c9fb7380fbe1581f56108da45a2c07c3d6fa4049d84e573243",
+            "valid": "41bb0f2f25694dbc5f9d29a1a01df5a0832b7dfaf113fc52726c691130798391",
+            "test": "72c1a049d0fa72c165ca12d830a7523f9e8365f25e4adb01f170c480dcded06a",
+        },
+        "21574 people by 16 yes-or-no answers on disability; 16181 train, 2157 valid, 3236 test.",
+    ),
+    "plants": (
+        69,
+        {
+            "train": "3eaa89d06027568f7aea9f5ea3d64a0a81c6be2d146b5bbe8e012b76ce101f46",
+            "valid": "eadd45dd8d884cf6e3cc0c88a0367ba44142e36bbcdf502c0e3cf461cb435bcd",
+            "test": "52371eb14299c29040c94af09a820d5a3f9038765174728cfcf14eaccc3c0369",
+        },
+        "23215 plants by 69 regions they grow in; 17412 train, 2321 valid, 3482 test.",
+    ),
+    "accidents": (
+        111,
+        {
+            "train": "b63961d2d3f58e9483548eb1934bcce59a0eddfedd68890d9ce6b94ece97802d",
+            "valid": "ce07b64803467d02eacb70ff18e5e0057c2b590a583ea6535b8942dd28628641",
+            "test": "308dc0ef11aaf82f64f0dd75aadb2a711e8a8ce2ab43d402bdc336de6e90ac0b",
+        },
+        "17009 traffic accidents by 111 circumstances; 12758 train, 1700 valid, 2551 test.",
+    ),
+    "mushrooms": (
+        112,
+        {
+            "train": "bdc96ef5b74d908aa8f0665aad1a060c95c29e3f0140e0c004f538785e7f37f4",
+            "valid": "a02bb4bbe086e12738e27dca9436d43823ee5c6c6a2f684eb4eff51ebf924ecc",
+            "test": "02d2b76d77c88d8f7e9c4e5b6be68e16d242c5e9db55b16bea81a953c3823d3c",
+        },
+        "8124 mushrooms by 112 one-hot features; 2000 train, 500 valid, 5624 test.",
+    ),
+    "dna": (
+        180,
+        {
+            "train": "922e56f8c6c678f5f5cf3199ac80782855dc0121db2afcb247af12e0e29f2a0f",
+            "valid": "4793c5edd798f7c884a969820f1a9c65888d2d0205200384fce23b9ff8f1568f",
+            "test": "183aa2a8acb410c9d950e26030da5b30e3176da04b2ed2566c03565a5c3479a1",
+        },
+        "3186 stretches of DNA as 180 bits; 1600 train, 400 valid, 1186 test.",
+    ),
+    "baudio": (
+        100,
+        {
+            "train": "3be82f2593dc3104bc0019a83e063e96c864ad4a67c4e7868a2fb08fb354a836",
+            "valid": "277ee26b24f409d062d196bfc5ddc683f28faa4f8f5f54f628b0d847f6b3d4c8",
+            "test": "7462f3e8a88c8e97323c5fc800825369d34094f393b91b1e666e671b25e8968a",
+        },
+        "20000 listeners by 100 artists they have heard; 15000 train, 2000 valid, 3000 test.",
+    ),
+}
 
 
 def sources() -> dict[str, str]:
@@ -79,9 +140,7 @@ def mnist_static(root: str | Path | None) -> Arrays:
     folder = "mnist_static_binary"
     packed = find(f"{folder}/binarized_mnist_packed.npz", root)
     if packed is not None:
-        arrays = read_arrays(packed)
-        with reading(packed, "packed bits"):
-            bits = {part: np.unpackbits(arrays[part], axis=1, count=784) for part in PARTS}
+        bits = _unpack(packed, 784)
     else:
         files = {part: f"binarized_mnist_{part}.amat" for part in PARTS}
         remotes = {
@@ -95,12 +154,54 @@ def mnist_static(root: str | Path | None) -> Arrays:
     return {part: array.reshape(-1, 28, 28) for part, array in bits.items()}
 
 
-SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = {
-    "digits": digits,
-    "fashion-mnist": fashion_mnist,
-    "mnist": mnist,
-    "mnist-static": mnist_static,
-}
+def _binary_density(name: str) -> Callable[[str | Path | None], Arrays]:
+    """One of the binary sets for density estimation, from packed bits or from lines of text.
+
+    The splits are those of Lowd & Davis (2010), and of Larochelle & Murray (2011) for dna and
+    mushrooms. The hash of a download is that of its bits: its text may end lines as it likes.
+    """
+    width, sha256, line = _DENSITY_SETS[name]
+
+    def content(path: Path) -> bytes:
+        return read_amat(path, width).tobytes()
+
+    def read(root: str | Path | None) -> Arrays:
+        packed = find(f"binary_density/{name}.npz", root)
+        if packed is not None:
+            return _unpack(packed, width)
+        files = {part: f"{name}.{part}.data" for part in PARTS}
+        remotes = {
+            part: Remote(
+                f"binary_density/{file}", f"{_DENSITY}{name}/{file}", sha256[part], content
+            )
+            for part, file in files.items()
+        }
+        return {
+            part: read_amat(provide(name, remote, root), width) for part, remote in remotes.items()
+        }
+
+    read.__doc__ = line
+    return read
+
+
+def _unpack(path: Path, width: int) -> Arrays:
+    """The bits of ``train``, ``valid`` and ``test``, packed along rows: ``(N, width)`` each."""
+    arrays = read_arrays(path)
+    with reading(path, "packed bits"):
+        return {part: np.unpackbits(arrays[part], axis=1, count=width) for part in PARTS}
+
+
+SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
+    sorted(
+        {
+            "digits": digits,
+            "fashion-mnist": fashion_mnist,
+            "mnist": mnist,
+            "mnist-static": mnist_static,
+            **{name: _binary_density(name) for name in _DENSITY_SETS},
+        }.items()
+    )
+)
 
 
 def _idx_set(
