@@ -167,6 +167,7 @@ def _continuous(task: Task, schedule: Mapping[str, Any]) -> dict[str, Entry]:
     factors = [size for size in (2, 5, 10, 20, 30, 40) if size <= max(schedule["sizes"])]
     factors = factors if is_small else [max(factors)]
     floors = [1e-6, 1e-4, 1e-3] if is_small else [1e-6]
+    steps = {} if is_small else {"max_iterations": [schedule["iterations"]]}
     found = {
         "gaussian-mixture": _density(
             "Gaussian mixture, diagonal", "gaussian-mixture",
@@ -174,11 +175,14 @@ def _continuous(task: Task, schedule: Mapping[str, Any]) -> dict[str, Entry]:
             reg_covar=floors,
         ),
         "student-t-mixture": _density(
-            "Student-t mixture", "student-t-mixture", n_components=few if is_small else few[-1:]
+            "Student t mixture, diagonal", "student-t-mixture",
+            n_components=sizes if is_small else sizes[-1:], covariance_type=["diag"],
+            reg_covar=floors, **steps,
         ),
         "mixture-of-factor-analysers": _density(
             "mixture of factor analysers", "mixture-of-factor-analysers",
-            n_components=few if is_small else few[-1:], num_factors=[5, 10] if is_small else [10],
+            n_components=few if is_small else few[-1:], num_factors=[6] if is_small else [10],
+            min_noise=[1e-5, 1e-4, 1e-3] if is_small else [1e-6], **steps,
         ),
         "factor-analysis": _density("factor analysis", "factor-analysis", n_components=factors),
         "ppca": _density("PPCA", "ppca", n_components=factors),
@@ -186,7 +190,7 @@ def _continuous(task: Task, schedule: Mapping[str, Any]) -> dict[str, Entry]:
     if is_small:
         found["gaussian-mixture-full"] = _density(
             "Gaussian mixture, full", "gaussian-mixture",
-            n_components=few, covariance_type=["full"], reg_covar=floors,
+            n_components=few, covariance_type=["full"], reg_covar=floors, covariance_prior=[10.0],
         )  # fmt: skip
         found["kernel-density"] = _density("kernel density", "kernel-density")
     return found
