@@ -110,7 +110,7 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "reduced": {
         "about": "hours: 364 passes of a VAE, a ninth of the schedule of Burda et al. (2016), "
         "5000 particles",
-        "passes": 364, "segment": 26, "batch_size": 100, "lr": 1e-3, "eps": 1e-4, "z_dim": 50,
+        "passes": 364, "segment": 7, "batch_size": 100, "lr": 1e-3, "eps": 1e-4, "z_dim": 50,
         "hidden": [200, 200], "activation": "tanh", "engine": "compiled", "num_particles": 5000,
         "iterations": 30, "sizes": [5, 10, 20, 50, 100, 500],
     },
