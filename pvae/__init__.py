@@ -32,11 +32,14 @@ _HOME = {
     "guides": None,
     "iwae": "pvae.objectives",
     "load": "pvae.runs",
+    "mcem": "pvae.objectives",
     "models": None,
     "plots": None,
+    "rws": "pvae.objectives",
     "schedules": None,
     "stl": "pvae.objectives",
     "vae": "pvae.objectives",
+    "wake_sleep": "pvae.objectives",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
@@ -72,8 +75,11 @@ if TYPE_CHECKING:
     from pvae.objectives import beta_vae as beta_vae
     from pvae.objectives import dreg as dreg
     from pvae.objectives import iwae as iwae
+    from pvae.objectives import mcem as mcem
+    from pvae.objectives import rws as rws
     from pvae.objectives import stl as stl
     from pvae.objectives import vae as vae
+    from pvae.objectives import wake_sleep as wake_sleep
     from pvae.particles import Particles as Particles
     from pvae.particles import draw as draw
     from pvae.runs import load as load
