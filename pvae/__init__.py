@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it (None: the name is a submodule itself). Resolved on
 # first use, so that `import pvae` and `pvae --help` cost no import of torch.
 _HOME = {
+    "Alternate": "pvae.alternation",
     "Evidence": "pvae.evidence",
     "Objective": "pvae.objectives",
     "Particles": "pvae.particles",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from pvae import models as models
     from pvae import plots as plots
     from pvae import schedules as schedules
+    from pvae.alternation import Alternate as Alternate
     from pvae.comparison import compare as compare
     from pvae.errors import PvaeError as PvaeError
     from pvae.evidence import Evidence as Evidence

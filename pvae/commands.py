@@ -34,6 +34,7 @@ _FIT = (
     "lr",
     "lr_schedule",
     "clip_norm",
+    "alternate",
     "patience",
     "seed",
     "device",

@@ -24,6 +24,7 @@ FLOORS = [
     {"objectives", "data"},
     {"evidence", "baselines"},
     {"engine", "progress"},
+    {"alternation"},
     {"training"},
     {"catalogue"},
     {"runs", "comparison", "plots", "arviz"},
