@@ -374,7 +374,16 @@ def test_shorthands():
 @pytest.mark.parametrize("given", ["3", "until-flat"])
 def test_command_line(given, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["--model.hidden", "[8]", "--guide.hidden", "[8]", "--epochs", "3"]
+    small = [
+        "--model.hidden",
+        "[8]",
+        "--guide.hidden",
+        "[8]",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "32",
+    ]
     assert main(["train", "vae", *small, "--alternate", given, "--run-dir", "run"]) == 0
     run = pvae.load("run")
     steps = [sum(row[f"{phase}_steps"] for row in run.history) for phase in ("e", "m")]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pvae
 from pvae.guides.exact import Exact
-from pvae.guides.gaussian import Gaussian
 from pvae.models.factor_analysis import FactorAnalysis
 
 NAT = 1e-3
@@ -36,6 +37,22 @@ def digits() -> Tensor:
     return (x - x.mean(0)) / x.std()
 
 
+class Affine(nn.Module):
+    """``q(z | x) = Normal(A x + a, T T')``: an encoder that holds every posterior of the model."""
+
+    def __init__(self, x_dim: int, z_dim: int) -> None:
+        super().__init__()
+        self.map = nn.Parameter(torch.zeros(z_dim, x_dim))
+        self.shift = nn.Parameter(torch.zeros(z_dim))
+        self.raw = nn.Parameter(torch.zeros(z_dim, z_dim))
+
+    def forward(self, x: Tensor) -> None:
+        tril = self.raw.tril(-1) + torch.diag_embed(self.raw.diagonal().exp())
+        loc = x @ self.map.T + self.shift
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=tril))
+
+
 def mean_evidence(model: FactorAnalysis, x: Tensor) -> float:
     return float(model.log_evidence(x).mean().detach())
 
@@ -58,10 +75,9 @@ def em(model: FactorAnalysis, x: Tensor, iterations: int) -> list[float]:
         square = (x**2).mean(0)
         for _ in range(iterations):
             posterior = model.posterior(x)["z"]
-            second = posterior.covariance_matrix.mean(0) + posterior.mean.T @ posterior.mean / len(
-                x
-            )
-            cross = x.T @ posterior.mean / len(x)
+            mean = posterior.mean
+            second = posterior.covariance_matrix.mean(0) + mean.T @ mean / len(x)
+            cross = x.T @ mean / len(x)
             model.loadings.copy_(torch.linalg.solve(second, cross, left=False))
             noise = square - (model.loadings * cross).sum(1)
             if model.log_noise.numel() == 1:
@@ -77,11 +93,10 @@ def pair(x_dim: int, z_dim: int, kind: str, *, isotropic: bool) -> tuple[FactorA
     model = FactorAnalysis(x_dim, z_dim=z_dim, isotropic=isotropic).double()
     if kind == "exact":
         return model, Exact(model)
-    guide = Gaussian(x_dim, model.latents, hidden=(), covariance="full").double()
-    return model, guide
+    return model, Affine(x_dim, z_dim).double()
 
 
-def maximum(x: Tensor, z_dim: int, *, isotropic: bool, iterations: int = 2000) -> float:
+def maximum(x: Tensor, z_dim: int, *, isotropic: bool, iterations: int = 1000) -> float:
     if isotropic:
         return ppca_maximum(x, z_dim)
     model, _ = pair(x.shape[1], z_dim, "exact", isotropic=False)
@@ -93,7 +108,7 @@ def test_em_climbs_and_its_maximum_is_the_known_one(isotropic):
     """Never a step down; for PPCA the end is the closed form, for FA that of scikit-learn."""
     x = data()
     model, _ = pair(8, 3, "exact", isotropic=isotropic)
-    passed = em(model, x, 2000)
+    passed = em(model, x, 1000)
     assert min(b - a for a, b in zip(passed, passed[1:], strict=False)) > -1e-12
     if isotropic:
         expected = ppca_maximum(x, 3)
@@ -106,20 +121,20 @@ def test_em_climbs_and_its_maximum_is_the_known_one(isotropic):
     assert passed[-1] < expected + 1e-9
 
 
-OPTIONS = {"batch_size": 600, "lr": 5e-2, "lr_schedule": "cosine", "engine": "staged",
+OPTIONS = {"batch_size": 600, "lr": 1e-1, "lr_schedule": "cosine", "engine": "staged",
            "progress": False}  # fmt: skip
 
 
-@pytest.mark.parametrize("isotropic", [True, False], ids=["ppca", "factor analysis"])
 @pytest.mark.parametrize(
-    ("kind", "objective", "alternate", "epochs"),
+    ("kind", "isotropic", "objective", "alternate", "epochs"),
     [
-        ("exact", pvae.stl(), None, 300),
-        ("exact", pvae.mcem(8), None, 300),
-        ("amortised", pvae.stl(), None, 400),
-        ("amortised", pvae.stl(), 2, 900),
+        ("exact", False, pvae.stl(4), None, 500),
+        ("exact", True, pvae.mcem(8), None, 400),
+        ("amortised", False, pvae.stl(4), None, 600),
+        ("amortised", True, pvae.stl(4), None, 600),
+        ("amortised", False, pvae.stl(4), 1, 1000),
     ],
-    ids=["exact guide", "Monte-Carlo EM", "amortised", "variational EM"],
+    ids=["exact guide", "Monte-Carlo EM", "amortised", "amortised ppca", "variational EM"],
 )
 def test_a_vae_with_a_linear_decoder_reaches_it(kind, objective, alternate, epochs, isotropic):
     x = data()
@@ -138,6 +153,6 @@ def test_real_data_from_both_sides():
     climbed = em(model, x, 600)[-1]
     assert top - NAT < climbed < top + 1e-9
     model, guide = pair(61, 10, "amortised", isotropic=True)
-    pvae.fit(model, guide, x, objective=pvae.stl(), epochs=400,
-             **{**OPTIONS, "batch_size": 1797, "lr": 3e-2})  # fmt: skip
+    pvae.fit(model, guide, x, objective=pvae.stl(2), epochs=800,
+             **{**OPTIONS, "batch_size": 1797, "lr": 5e-2})  # fmt: skip
     assert top - NAT < mean_evidence(model, x) < top + 1e-9
