@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it (None: the name is a submodule itself). Resolved on
 # first use, so that `import pvae` and `pvae --help` cost no import of torch.
 _HOME = {
+    "Alternate": "pvae.alternation",
     "Evidence": "pvae.evidence",
     "Objective": "pvae.objectives",
     "Particles": "pvae.particles",
@@ -32,11 +33,14 @@ _HOME = {
     "guides": None,
     "iwae": "pvae.objectives",
     "load": "pvae.runs",
+    "mcem": "pvae.objectives",
     "models": None,
     "plots": None,
+    "rws": "pvae.objectives",
     "schedules": None,
     "stl": "pvae.objectives",
     "vae": "pvae.objectives",
+    "wake_sleep": "pvae.objectives",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
     from pvae import models as models
     from pvae import plots as plots
     from pvae import schedules as schedules
+    from pvae.alternation import Alternate as Alternate
     from pvae.comparison import compare as compare
     from pvae.errors import PvaeError as PvaeError
     from pvae.evidence import Evidence as Evidence
@@ -72,8 +77,11 @@ if TYPE_CHECKING:
     from pvae.objectives import beta_vae as beta_vae
     from pvae.objectives import dreg as dreg
     from pvae.objectives import iwae as iwae
+    from pvae.objectives import mcem as mcem
+    from pvae.objectives import rws as rws
     from pvae.objectives import stl as stl
     from pvae.objectives import vae as vae
+    from pvae.objectives import wake_sleep as wake_sleep
     from pvae.particles import Particles as Particles
     from pvae.particles import draw as draw
     from pvae.runs import load as load

@@ -53,6 +53,10 @@ def _real(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
 
 
+def _turns(text: str) -> int | str:
+    return text if text == "until-flat" else _whole(text)
+
+
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text.lower() == "none" else kind(text)
 
@@ -103,7 +107,7 @@ def _fill_train(parser: _Parser) -> None:
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=text + shown)
 
     option("guide", str, "GUIDE", "likewise")
-    option("objective", str, "O", "what is maximised: vae, beta_vae, iwae, dreg, stl")
+    option("objective", str, "O", "what is maximised: vae, beta_vae, iwae, dreg, stl, rws, …")
     option("data", str, "D", "a name from `pvae list`, or a .npy, .npz or .csv file")
     option("binarize", _or_none(str), "HOW", "dynamic, fixed or threshold: grey values to bits")
     option("transform", str, "T", "none, dequantize, logit, standardize; chosen by the data")
@@ -113,6 +117,12 @@ def _fill_train(parser: _Parser) -> None:
     option("lr", _real, "RATE", "learning rate")
     option("lr-schedule", str, "NAME", "constant, cosine or linear")
     option("clip-norm", _or_none(_real), "NORM", "largest norm of the gradient")
+    option(
+        "alternate",
+        _or_none(_turns),
+        "N",
+        "N steps of the guide alone, or until-flat, before each of the model alone",
+    )
     option(
         "patience", _or_none(_whole), "N", "stop after N epochs without a better validation bound"
     )

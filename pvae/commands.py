@@ -36,6 +36,7 @@ _FIT = (
     "lr",
     "lr_schedule",
     "clip_norm",
+    "alternate",
     "patience",
     "seed",
     "device",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -114,8 +114,8 @@ class Problem:
         model: The generative program.
         guide: The inference program.
         objective: What is maximised.
-        optimizer: Over all parameters.
-        parameters: Name -> parameter.
+        optimizer: Over all of ``parameters``.
+        parameters: Name -> parameter that the step moves.
         layout: From ``objective.prepare``.
         data: All N data, on the device.
         device: Where everything lies.
@@ -124,6 +124,7 @@ class Problem:
         preprocess: Fresh noise for each batch (dynamic binarisation, dequantisation).
         clip_norm: Largest norm of the whole gradient; ``None`` for no clipping.
         precision: ``"full"``, or ``"bfloat16"`` for linear and convolution layers.
+        frozen: Name -> parameter of the programs that the step does not move but others do.
     """
 
     model: Any
@@ -139,6 +140,7 @@ class Problem:
     preprocess: Callable[[Any], Any] | None = None
     clip_norm: float | None = None
     precision: str = "full"
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
     def loss(self, index: Tensor, beta: Any) -> Loss:
         """The objective on the rows ``index`` of the data."""
@@ -243,8 +245,8 @@ class Eager:
         seed_noise(problem.device, problem.seed, step)
         loss = problem.loss(index, beta)
         problem.optimizer.zero_grad(set_to_none=True)
-        loss.loss.backward()  # type: ignore[no-untyped-call]
         tensors = list(problem.parameters.values())
+        loss.loss.backward(inputs=tensors)  # type: ignore[no-untyped-call]
         norm = nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None])
         healthy = torch.isfinite(norm) & torch.isfinite(loss.loss)
         # A CPU reads what is there already; a GPU would wait, and is checked once an epoch.
@@ -300,7 +302,8 @@ class Staged:
         self.taken = 0 if self.update is None else self.update.steps_taken()
         self.scalars = torch.ones(4, device=problem.device, dtype=self.tensors[0].dtype)
         data = torch.utils._pytree.tree_leaves(problem.data)
-        held = [*self.tensors, *problem.buffers(), *self._state(), *data, self.scalars]
+        others = [*problem.frozen.values(), *problem.buffers()]
+        held = [*self.tensors, *others, *self._state(), *data, self.scalars]
         self.inputs = [tensor.detach() for tensor in held]
         before = [tensor.clone() for tensor in self.inputs[: -len(data) - 1]]
         try:

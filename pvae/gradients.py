@@ -28,11 +28,16 @@ __all__ = [
     "ScoreFunction",
     "StickTheLanding",
     "Terms",
+    "WakeSleep",
     "doubly_reparameterized",
+    "guide_held",
     "mixed",
     "pathwise",
     "score_function",
+    "sleep_phi",
     "stick_the_landing",
+    "wake_phi",
+    "wake_sleep_phi",
 ]
 
 Bound = Callable[[Tensor], Tensor]
@@ -49,12 +54,15 @@ class Terms:
         held: ``log q(z|x)`` with the guide's parameters held: differentiable through the draws
             alone. ``None`` unless asked for.
         score: ``log q`` of the sites that have no pathwise derivative here.
+        dreams: ``log q(z'|x')`` of what the model drew itself, ``(1, B)``. ``None`` unless asked
+            for.
     """
 
     log_joint: Tensor
     log_q: Tensor
     held: Tensor | None
     score: Tensor
+    dreams: Tensor | None = None
 
 
 class Gradient(Protocol):
@@ -257,6 +265,78 @@ class ScoreFunction:
         return "score_function" if self.sites == "all" else "mixed"
 
 
+@dataclass(frozen=True)
+class WakeSleep:
+    r"""The model follows the bound; the guide follows the posterior, the other way round.
+
+    With draws ``z_k ~ q`` held fixed and ``w~ = softmax(log w)``, the model's gradient is that of
+    the bound as ever; the guide minimises ``KL(p(z|x) || q(z|x))`` instead of raising the bound, so
+    its draws need no derivative and a discrete site is as good as any. Its gradient is
+
+    - ``"wake"``: ``sum_k w~_k dlog q(z_k|x)``, on the data; biased by O(1/K), since the weights are
+      normalised by themselves (reweighted wake-sleep, Bornschein & Bengio 2015);
+    - ``"sleep"``: ``dlog q(z'|x')`` with ``z', x'`` drawn from the model, one for each datum;
+      unbiased, but for the model's data (wake-sleep, Hinton, Dayan, Frey & Neal 1995);
+    - ``"both"``: the mean of the two;
+    - ``"none"``: nothing. With the IW-ELBO as bound that is Monte-Carlo EM (Wei & Tanner 1990): the
+      model's gradient is ``sum_k w~_k dlog p(x, z_k)``.
+
+    Parameters that guide and model share get both gradients.
+    """
+
+    guide: str = "wake"
+
+    def check(self, bound: Bound, num_particles: int) -> None:
+        """Self-normalised weights of one particle are 1, and the guide would learn nothing."""
+        if num_particles < 2 and self.guide in ("wake", "both"):
+            raise ObjectiveError(
+                f"{self!r} compares particles by their weights, got num_particles="
+                f"{num_particles}: use at least 2, or gradient=sleep_phi"
+            )
+
+    def check_pair(self, layout: Layout) -> None:
+        """The guide's density at given latents must be known."""
+        own = [n for n in layout.event_dims if n not in (*layout.latents, *layout.globals)]
+        if own:
+            raise ObjectiveError(
+                f"guide site {own[0]!r} is none of the model's, so {self!r} has no posterior for "
+                "it to follow: use gradient=pathwise, or a guide without it"
+            )
+
+    def draw(
+        self, model: Any, guide: Any, batch: Any, num_particles: int, **options: Any
+    ) -> Particles:
+        """Draws without a path, with the model's own dreams where the guide learns from them."""
+        return waist.draw(
+            model, guide, batch, num_particles, detach=True, dream=self.dreams, **options
+        )
+
+    @property
+    def dreams(self) -> bool:
+        """Whether the guide learns from what the model draws itself."""
+        return self.guide in ("sleep", "both")
+
+    def score_sites(self, layout: Layout) -> frozenset[str]:
+        """All guide sites."""
+        return frozenset(layout.event_dims)
+
+    def surrogate(self, bound: Bound, terms: Terms, beta: Beta, gate: Gate | None) -> Tensor:
+        """The bound for the model, the guide's own log density for the guide."""
+        value: Tensor = bound(terms.log_joint - beta * terms.log_q.detach())
+        parts = []
+        if self.guide in ("wake", "both"):
+            weights = torch.softmax((terms.log_joint - terms.log_q).detach(), 0)
+            parts.append((weights * terms.score).sum(0))
+        if self.dreams:
+            assert terms.dreams is not None  # noqa: S101  (draw() asked for them)
+            parts.append(terms.dreams.mean(0))
+        return value + torch.stack(parts).mean(0) if parts else value
+
+    def __repr__(self) -> str:
+        names = {"wake": "wake_phi", "sleep": "sleep_phi", "both": "wake_sleep_phi"}
+        return names.get(self.guide, "guide_held")
+
+
 def _held(terms: Terms) -> Tensor:
     if terms.held is None:
         raise ObjectiveError("this gradient needs particles drawn with score=True")
@@ -280,3 +360,7 @@ stick_the_landing = StickTheLanding()
 doubly_reparameterized = DoublyReparameterized()
 score_function = ScoreFunction()
 mixed = ScoreFunction(sites="discrete")
+wake_phi = WakeSleep()
+sleep_phi = WakeSleep(guide="sleep")
+wake_sleep_phi = WakeSleep(guide="both")
+guide_held = WakeSleep(guide="none")

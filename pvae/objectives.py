@@ -22,14 +22,19 @@ from pvae.errors import ObjectiveError
 from pvae.gradients import (
     Gradient,
     Terms,
+    WakeSleep,
     doubly_reparameterized,
+    guide_held,
     pathwise,
+    sleep_phi,
     stick_the_landing,
+    wake_phi,
 )
 from pvae.particles import (
     Layout,
     Particles,
     arguments,
+    check_dreams,
     inspect,
     leading_size,
     module_of,
@@ -46,8 +51,11 @@ __all__ = [
     "beta_vae",
     "dreg",
     "iwae",
+    "mcem",
+    "rws",
     "stl",
     "vae",
+    "wake_sleep",
 ]
 
 
@@ -114,6 +122,11 @@ class Objective:
                 "train with elbo, iw_elbo or renyi(alpha >= 0) and evaluate it afterwards"
             )
         self.gradient.check(self.bound, self.num_particles)
+        if isinstance(self.gradient, WakeSleep) and self.beta != 1:
+            raise ObjectiveError(
+                f"{self.gradient!r} follows the posterior of the model as it is, got beta="
+                f"{self.beta!r}: leave beta at 1, or use gradient=score_function"
+            )
         plain = self.additive and self.gradient in (pathwise, stick_the_landing)
         if self.free_bits and not plain:
             raise ObjectiveError(
@@ -155,6 +168,8 @@ class Objective:
                 f"site {name!r} is shared by all data, and {self.gradient!r} rewards each datum on "
                 "its own: use gradient=pathwise, or mixed where only local sites are discrete"
             )
+        if isinstance(self.gradient, WakeSleep) and self.gradient.dreams:
+            check_dreams(model, batch)
         module = module_of(guide)
         if self.needs_score and len(layout.event_dims) > 1 and module is not None:
             for name, part in module.named_modules():
@@ -194,11 +209,13 @@ class Objective:
         particles = self.gradient.draw(
             model, guide, batch, self.num_particles, layout=layout, **options
         )
-        if particles.relative_scale and not self.additive:
+        weighs = not self.additive or isinstance(self.gradient, WakeSleep)
+        if particles.relative_scale and weighs:
             role, site = next(iter(particles.relative_scale))
             raise ObjectiveError(
-                f"site {site!r} has a poutine.scale of its own, which {self.bound!r} cannot honour "
-                "outside its logarithm: use beta= for a KL weight, or bound=elbo"
+                f"site {site!r} has a poutine.scale of its own, which {self.bound!r} with "
+                f"{self.gradient!r} cannot honour outside a logarithm: use beta= for a KL weight, "
+                "or bound=elbo with another gradient"
             )
         factor = _relative(particles.scale, particles.plate_scale)
         surrogate = self._surrogate(particles, layout, beta)
@@ -249,6 +266,7 @@ class Objective:
             log_q=sum_terms(log_q),
             held=None if held is None else sum_terms(_scaled(particles, "q", held)),
             score=sum_terms({n: t for n, t in particles.log_q.items() if n in score_sites}),
+            dreams=particles.dreams,
         )
         return self.gradient.surrogate(self.bound, terms, beta, particles.gate)
 
@@ -398,6 +416,11 @@ def as_objective(objective: Any) -> Objective | PyroObjective:
     """
     if isinstance(objective, (Objective, PyroObjective)):
         return objective
+    if isinstance(objective, pyro.infer.ReweightedWakeSleep):
+        raise ObjectiveError(
+            "pyro.infer.ReweightedWakeSleep has two losses and no differentiable one: use "
+            "pvae.rws() or pvae.wake_sleep()"
+        )
     if isinstance(objective, pyro.infer.ELBO):
         return PyroObjective(objective)
     raise ObjectiveError(
@@ -431,3 +454,18 @@ def dreg(num_particles: int = 50, **options: Any) -> Objective:
 def stl(num_particles: int = 1, **options: Any) -> Objective:
     """The ELBO with the stick-the-landing gradient (Roeder et al. 2017)."""
     return Objective(gradient=stick_the_landing, num_particles=num_particles, **options)
+
+
+def wake_sleep(num_particles: int = 1, **options: Any) -> Objective:
+    """Wake-sleep: the model by the ELBO, the guide on dreams (Hinton et al. 1995)."""
+    return Objective(gradient=sleep_phi, num_particles=num_particles, **options)
+
+
+def rws(num_particles: int = 10, gradient: Gradient = wake_phi, **options: Any) -> Objective:
+    """Reweighted wake-sleep: IW-ELBO, guide by its weights (Bornschein & Bengio 2015)."""
+    return Objective(bound=iw_elbo, gradient=gradient, num_particles=num_particles, **options)
+
+
+def mcem(num_particles: int = 10, gradient: Gradient = guide_held, **options: Any) -> Objective:
+    """Monte-Carlo EM: the model on weighed draws of a guide that is held (Wei & Tanner 1990)."""
+    return Objective(bound=iw_elbo, gradient=gradient, num_particles=num_particles, **options)

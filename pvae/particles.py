@@ -31,6 +31,7 @@ __all__ = [
     "Particles",
     "by_datum",
     "check_continuous",
+    "check_dreams",
     "draw",
     "generate",
     "inspect",
@@ -39,6 +40,7 @@ __all__ = [
     "log_joint",
     "named_tensors",
     "parameters",
+    "owned",
     "path_ends",
     "plate_scale",
     "prior_of",
@@ -68,6 +70,9 @@ class Particles:
             the guide's parameters alone. Only with ``draw(score=True)``.
         kl: Latent site -> ``KL(q || p)``, ``(K, B)``, in closed form where it is known, else
             ``log_q - log_p``. Only with ``draw(analytic_kl=True)``.
+        dreams: ``log q(z' | x')`` of latents and data that the model drew itself, one for each
+            datum of the batch: ``(1, B)``, differentiable in the guide's parameters alone. Only
+            with ``draw(dream=True)``.
         global_log_p: Model sites outside the data plate -> ``(K,)``.
         global_log_q: Guide sites outside the data plate -> ``(K,)``.
         global_scale: Terms outside the data plate that have a factor -> that factor.
@@ -83,6 +88,7 @@ class Particles:
     observed: tuple[str, ...]
     score: dict[str, Tensor] | None = None
     kl: dict[str, Tensor] | None = None
+    dreams: Tensor | None = None
     global_log_p: dict[str, Tensor] = field(default_factory=dict)
     global_log_q: dict[str, Tensor] = field(default_factory=dict)
     global_scale: dict[tuple[str, str], Scale] = field(default_factory=dict)
@@ -139,6 +145,7 @@ class Layout:
         latents: Latent sites inside the data plate, in the model's order.
         globals: Latent sites outside it.
         observed: Observed sites.
+        entries: Observed site -> key of the batch's tensor that it observes, where it is one.
         score_sites: Guide sites without a pathwise derivative (discrete ones), name -> family.
         supports: Observed site -> (key of the batch's tensor, support), where the site's value is
             that tensor itself.
@@ -153,6 +160,7 @@ class Layout:
     latents: tuple[str, ...]
     globals: tuple[str, ...]
     observed: tuple[str, ...]
+    entries: Mapping[str, Any]
     score_sites: Mapping[str, str]
     supports: Mapping[str, tuple[Any, Any]]
     in_order: bool
@@ -254,6 +262,7 @@ def draw(
     score: bool = False,
     detach: bool = False,
     analytic_kl: bool = False,
+    dream: bool = False,
     gate: Gate | None = None,
     layout: Layout | None = None,
     data_plate: str | None = None,
@@ -273,6 +282,7 @@ def draw(
         score: Also weigh the draws held fixed (see :attr:`Particles.score`).
         detach: Cut the pathwise derivative of every draw (for score-function gradients).
         analytic_kl: Also give each latent site's KL in closed form where it is known.
+        dream: Also weigh by the guide what the model draws itself (see :attr:`Particles.dreams`).
         gate: Passed through on the way from the draws into the model (see :class:`Gate`).
         layout: What :func:`inspect` found for this pair; spares looking, and the checks.
         data_plate: Name of the plate that indexes the data, where several could.
@@ -293,12 +303,17 @@ def draw(
         _draw, model, guide, batch, layout, score=score, detach=detach, analytic_kl=analytic_kl
     )
     if layout.vectorize:
-        return one_pass(num_particles, gate=gate)
-    with _SameRows():
-        parts = [
-            one_pass(1, gate=None if gate is None else gate.part()) for _ in range(num_particles)
-        ]
-    return dataclasses.replace(_stack(parts), gate=gate)
+        particles = one_pass(num_particles, gate=gate)
+    else:
+        with _SameRows():
+            parts = [
+                one_pass(1, gate=None if gate is None else gate.part())
+                for _ in range(num_particles)
+            ]
+        particles = dataclasses.replace(_stack(parts), gate=gate)
+    if dream:
+        particles = dataclasses.replace(particles, dreams=_dream(model, guide, batch, layout))
+    return particles
 
 
 def _draw(
@@ -419,10 +434,19 @@ def simulate(
         observed = _observed_entries(model, batch)
         if check:
             _refuse_reading(model, batch, observed)
-    with torch.no_grad(), poutine.block():
-        drawn = {}
-        if guide is not None:
+    drawn = {}
+    if guide is not None:
+        with torch.no_grad(), poutine.block():
             drawn = _site_values(poutine.trace(guide).get_trace(*args, **kwargs))
+    return _simulate(model, batch, observed, drawn)
+
+
+def _simulate(
+    model: Program, batch: Batch, observed: Mapping[str, Any], drawn: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Batch]:
+    """As :func:`simulate`, once it is known which tensors of the batch are observed."""
+    args, kwargs = arguments(batch)
+    with torch.no_grad(), poutine.block():
         trace = poutine.trace(_generator(model, drawn)).get_trace(*args, **kwargs)
     latents = {
         n: node["value"] for n, node in _latents(trace).items()
@@ -430,6 +454,23 @@ def simulate(
     }  # fmt: skip
     made = {key: trace.nodes[name]["value"] for name, key in observed.items()}
     return latents, _with_entries(batch, made)
+
+
+def _dream(model: Program, guide: Program, batch: Batch, layout: Layout) -> Tensor:
+    """``log q(z' | x')`` where the model drew ``z'`` and then ``x'``: ``(1, B)``, nats."""
+    latents, dreamt = _simulate(model, batch, layout.entries, {})
+    return log_guide(guide, dreamt, latents, 1, layout)
+
+
+def check_dreams(model: Program, batch: Batch) -> None:
+    """Refuse a model whose own draws could not be told from data of the batch's form.
+
+    Raises:
+        ProgramError: An observed site is no tensor of the batch, or the model reads what it is to
+            draw.
+    """
+    with _quiet(batch):
+        _refuse_reading(model, batch, _observed_entries(model, batch))
 
 
 def sample_observed(
@@ -450,19 +491,27 @@ def _observed_entries(model: Program, batch: Batch) -> dict[str, Any]:
     """Observed site -> key of the batch's tensor that it observes."""
     args, kwargs = arguments(batch)
     trace = _attempt("model", poutine.trace(model), args, kwargs)
-    entries = dict([*enumerate(args), *kwargs.items()])
-    found = {}
-    for name, node in _sites(trace).items():
-        if not node["is_observed"]:
-            continue
-        keys = [key for key, entry in entries.items() if _is_same(node["value"], entry)]
-        if not keys:
+    observed = {name: node for name, node in _sites(trace).items() if node["is_observed"]}
+    found = _entries(observed, batch)
+    for name in observed:
+        if name not in found:
             raise ProgramError(
                 f"observed site {name!r} is not a tensor of the batch itself (it is computed from "
                 "the batch), so data cannot be simulated in the batch's form: prepare the data "
                 "before they are passed, or pass simulator="
             )
-        found[name] = keys[0]
+    return found
+
+
+def _entries(observed: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """Observed site -> key of the batch's tensor that it observes, for those that observe one."""
+    args, kwargs = arguments(batch)
+    entries = [*enumerate(args), *kwargs.items()]
+    found: dict[str, Any] = {}
+    for name, node in observed.items():
+        for key, entry in entries:
+            if name not in found and _is_same(node["value"], entry):
+                found[name] = key
     return found
 
 
@@ -558,6 +607,39 @@ def parameters(model: Program, guide: Program, batch: Batch) -> dict[str, nn.Par
             leaf = node["value"].unconstrained()
             found.setdefault(id(leaf), (f"store.{name}", leaf))
     return {name: value for name, value in found.values() if value.requires_grad}
+
+
+def owned(
+    model: Program, guide: Program, batch: Batch, weights: Mapping[str, Tensor]
+) -> tuple[set[str], set[str]]:
+    """Names of the parameters that the model's density and the guide's draws and density reach.
+
+    It is found by differentiation, so that it does not matter where a parameter lives; one that
+    both programs use (tied weights, everything under ``guides.Exact``) is in both sets.
+    """
+    args, kwargs = arguments(batch)
+    devices = sorted({t.device.index or 0 for t in _tensors(batch) if t.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        drawn = _site_values(guide_trace)
+        fixed = {n: v.detach() if isinstance(v, Tensor) else v for n, v in drawn.items()}
+        model_trace = poutine.trace(_Substitute(fixed)(model)).get_trace(*args, **kwargs)
+        ends = [
+            [_log_prob(node).sum() for node in _sites(trace).values()]
+            for trace in (model_trace, guide_trace)
+        ]
+    ends[1] += [v.sum() for v in drawn.values() if isinstance(v, Tensor)]
+    of_model, of_guide = (_reached(scalars, weights) for scalars in ends)
+    return of_model, of_guide
+
+
+def _reached(scalars: list[Tensor], weights: Mapping[str, Tensor]) -> set[str]:
+    """Names of the parameters on which any of the scalars depends."""
+    live = [scalar for scalar in scalars if scalar.requires_grad]
+    if not live:
+        return set()
+    gradients = torch.autograd.grad(live, list(weights.values()), allow_unused=True)
+    return {name for name, g in zip(weights, gradients, strict=True) if g is not None}
 
 
 def named_tensors(model: Program, guide: Program) -> dict[str, Tensor]:
@@ -793,6 +875,7 @@ def _find_layout(
         latents=tuple(local),
         globals=tuple(n for n in latents if n not in local),
         observed=tuple(observed),
+        entries=_entries(observed, batch),
         score_sites=score_sites,
         supports=_supports(observed, batch),
         in_order=drawn == list(latents),

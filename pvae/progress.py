@@ -28,7 +28,8 @@ def describe(row: Mapping[str, float]) -> str:
         parts.append(f"beta {row['beta']:.3g}, elbo {row['elbo']:.2f}")
     if "valid_bound" in row:
         parts.append(f"valid {row['valid_bound']:.2f}")
-    return " ".join(parts) + f" nats/datum, {row['steps_per_second']:.0f} steps/s"
+    turns = f", {row['e_steps']} E and {row['m_steps']} M steps" if row.get("e_steps") else ""
+    return " ".join(parts) + f" nats/datum{turns}, {row['steps_per_second']:.0f} steps/s"
 
 
 class Reporter:

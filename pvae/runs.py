@@ -72,6 +72,7 @@ DEFAULTS: Mapping[str, Any] = {
     "lr": 2e-3,
     "lr_schedule": "cosine",
     "clip_norm": None,
+    "alternate": None,
     "patience": 20,
     "seed": 0,
     "device": "auto",
@@ -249,6 +250,7 @@ def read_config(run_dir: str | Path) -> Config:
         config = read_yaml(folder / "config.yaml")
     except OptionError as error:
         raise RunError(f"{folder} is damaged: {error}") from None
+    config.setdefault("alternate", None)  # runs of before there was this option
     missing = [key for key in (*DEFAULTS, "data_facts") if key not in config]
     if missing:
         raise RunError(f"{folder / 'config.yaml'} has no {missing[0]!r}: train the run again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -15,6 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pvae.alternation import Alternate, Turns, as_alternate, split
 from pvae.checkpoints import save_tensors
 from pvae.data import as_batch, num_rows, take
 from pvae.engine import (
@@ -50,7 +52,8 @@ class Run:
         guide: The inference program, likewise.
         objective: What was maximised.
         history: One dict per epoch: bound, elbo, reconstruction, kl (train and valid_*) in nats per
-            datum, beta, lr, seconds (without tracing and compiling), steps_per_second.
+            datum, beta, lr, seconds (without tracing and compiling), steps_per_second; with
+            ``alternate`` also e_steps, m_steps and joint_steps.
         best_epoch: The epoch whose parameters were kept.
         num_parameters: Number of trained numbers.
         seconds: Time of the training.
@@ -89,6 +92,7 @@ def fit(
     optimizer_options: Mapping[str, Any] | None = None,
     lr_schedule: str | Schedule = "constant",
     clip_norm: float | None = None,
+    alternate: Alternate | int | str | None = None,
     patience: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
     engine: str = "auto",
@@ -117,6 +121,10 @@ def fit(
         optimizer_options: Further arguments of the optimiser.
         lr_schedule: ``"constant"``, ``"cosine"``, ``"linear"`` or a callable ``step -> factor``.
         clip_norm: Largest norm of the gradient.
+        alternate: Variational EM: a number of steps that move the guide alone, or
+            ``"until-flat"``, before each step that moves the model alone; more in
+            :class:`pvae.Alternate`. Each half has an optimiser of its own; what both programs
+            share is the model's. ``None`` moves both at every step.
         patience: Stop after this many epochs without a better validation bound.
         preprocess: Applied to each training batch, on the device, with the step's noise.
         engine: How a step is taken, see :mod:`pvae.engine`: ``"auto"`` chooses what pays,
@@ -138,6 +146,8 @@ def fit(
     started = time.perf_counter()
     goal = as_objective(vae() if objective is None else objective)
     _check_options(epochs, batch_size, patience, engine, valid)
+    plan = as_alternate(alternate)
+    _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
     where = _device(device)
     data = as_batch(train, device=where)
@@ -163,18 +173,23 @@ def fit(
             )
         steps_per_epoch = math.ceil(total / batch_size)
         factor = _lr_factor(lr_schedule, steps_per_epoch * epochs)
-        optim = build_optimizer(optimizer, list(weights.values()), lr=lr, options=optimizer_options)
-        rates = [group["lr"] for group in optim.param_groups]
+        build = functools.partial(build_optimizer, optimizer, lr=lr, options=optimizer_options)
+        optim = build(list(weights.values()))
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
             clip_norm, precision,
         )  # fmt: skip
+        rows = torch.arange(min(batch_size, total), device=where)
+        problems = {"joint": problem} | ({} if plan is None else split(problem, rows, build))
+        groups = [group for each in problems.values() for group in each.optimizer.param_groups]
+        rates = [(group, group["lr"]) for group in groups]
         run = Run(model, guide, goal, device=str(where))
         run.num_parameters = sum(p.numel() for p in weights.values())
         run.run_dir = None if run_dir is None else Path(run_dir)
         loop = _Loop(
-            run, problem, engine, held_out, batch_size, epochs, patience, rates, factor, progress
-        )
+            run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
+            progress,
+        )  # fmt: skip
         with pyro.validation_enabled(False):
             loop.run_all(started)
     _warn_of_beta(goal, steps_per_epoch * epochs)
@@ -186,18 +201,24 @@ class _Loop:
     """The epochs of one call of :func:`fit`."""
 
     run: Run
-    problem: Problem
+    problems: Mapping[str, Problem]
+    plan: Alternate | None
     engine: str
     valid: Any
     batch_size: int
     epochs: int
     patience: int | None
-    rates: list[float]
+    rates: list[tuple[dict[str, Any], float]]
     factor: Schedule
     progress: bool
     step: int = 0
     best: float = -math.inf
     best_state: dict[str, Tensor] | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """The whole, whichever half moves."""
+        return self.problems["joint"]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -218,11 +239,7 @@ class _Loop:
             save_tensors(self.run.run_dir / "checkpoints" / "best", self._state(), about)
 
     def _epochs(self, reporter: Reporter, log: Any, started: float) -> None:
-        example = torch.arange(
-            min(self.batch_size, self.problem.num_data), device=self.problem.device
-        )
-        total = self.epochs * self.steps_per_epoch
-        take_step = stage(self.engine, self.problem, example, total, reporter.say)
+        take_step = self._step(reporter)
         for epoch in range(1, self.epochs + 1):
             row = self._epoch(epoch, take_step, reporter)
             self.run.history.append(row)
@@ -238,6 +255,21 @@ class _Loop:
         take_step.finish()
         self.run.engine = f"{take_step.name} ({take_step.reason})"
         self.run.staging_seconds = take_step.seconds
+
+    def _step(self, reporter: Reporter) -> Step:
+        example = torch.arange(
+            min(self.batch_size, self.problem.num_data), device=self.problem.device
+        )
+        total = self.epochs * self.steps_per_epoch
+        if self.plan is None:
+            return stage(self.engine, self.problem, example, total, reporter.say)
+
+        def make(problem: Problem, steps: int, phase: str) -> Step:
+            return stage(
+                self.engine, problem, example, steps, lambda text: reporter.say(f"{phase}: {text}")
+            )
+
+        return Turns(self.plan, self.problems, make, total)
 
     def _epoch(self, epoch: int, take_step: Step, reporter: Reporter) -> dict[str, float]:
         started, staging = time.perf_counter(), take_step.seconds
@@ -261,6 +293,8 @@ class _Loop:
         self._check_finite(row, epoch)
         if self.valid is not None:
             row |= {f"valid_{name}": value for name, value in self._validate().items()}
+        if isinstance(take_step, Turns):
+            row |= take_step.end_epoch(row)
         return row
 
     def _batches(self, epoch: int) -> Iterator[Tensor]:
@@ -271,7 +305,7 @@ class _Loop:
 
     def _set_lr(self) -> None:
         factor = self.factor(self.step)
-        for group, rate in zip(self.problem.optimizer.param_groups, self.rates, strict=True):
+        for group, rate in self.rates:
             group["lr"] = rate * factor
 
     def _check_finite(self, row: Mapping[str, float], epoch: int) -> None:
@@ -342,6 +376,20 @@ def _check_options(
         raise OptionError("patience needs held-out data to judge by: pass valid=")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+
+
+def _check_alternate(plan: Alternate | None, optimizer: Any, valid: Any) -> None:
+    if plan is None:
+        return
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            "alternate gives each half an optimiser of its own: pass optimizer= by name or class, "
+            "not an instance"
+        )
+    if valid is None and str(plan.while_rising).startswith("valid_"):
+        raise OptionError(
+            f"while_rising={plan.while_rising!r} needs held-out data to judge by: pass valid="
+        )
 
 
 def _device(name: str) -> torch.device:

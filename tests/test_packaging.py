@@ -24,6 +24,7 @@ FLOORS = [
     {"objectives", "data"},
     {"evidence", "baselines"},
     {"engine"},
+    {"alternation"},
     {"training"},
     {"catalogue"},
     {"runs", "comparison", "plots", "arviz", "board", "workers"},
