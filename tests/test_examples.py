@@ -10,7 +10,11 @@ import pytest
 from pvae.cli import main
 
 FOLDER = Path(__file__).parents[1] / "examples"
-SETTINGS = {"own_model.py": {"epochs": 2}, "custom_objective.py": {"epochs": 2}}
+SETTINGS = {
+    "own_model.py": {"epochs": 2},
+    "custom_objective.py": {"epochs": 2},
+    "em_is_vi.py": {"passes": 3},
+}
 
 
 def test_every_example_is_listed():
