@@ -92,7 +92,7 @@ BOARDS: Mapping[str, Sequence[Task]] = {
 }
 
 # How a VAE is trained and scored. Either a number of steps, with the best epoch kept, or passes in
-# segments: what a kill loses of such a cell is one segment. R1 is a tenth of the schedule of Burda
+# segments: what a kill loses of such a cell is one segment. R1 is a ninth of the schedule of Burda
 # et al. (2016): 3^i passes at 1e-3 * 10^(-i/7), i = 0 .. 5.
 SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {
