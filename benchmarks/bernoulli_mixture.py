@@ -2,8 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/bernoulli_mixture.py --components 500
 
-The data are looked for under ``$PVAE_DATA/mnist_static_binary``. Published for 500 components:
-test -137.64 (Salakhutdinov & Murray 2008).
+The data are looked for under ``$PVAE_DATA/mnist_static_binary``.
 """
 
 from __future__ import annotations
