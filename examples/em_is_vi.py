@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import pvae
 from pvae.guides.exact import Exact
@@ -30,7 +31,8 @@ def principal_digits(directions: int = 10) -> Tensor:
     """Ten principal directions of the digits' training images, on one scale: ``(1257, 10)``."""
     x = pvae.data.load("digits", transform="none").train.x.double()
     x = x - x.mean(0)
-    projected = x @ torch.linalg.svd(x, full_matrices=False).Vh[:directions].T
+    basis: Tensor = torch.linalg.svd(x, full_matrices=False).Vh[:directions]
+    projected = x @ basis.T
     return projected / projected.std()
 
 
@@ -60,7 +62,7 @@ def maximise_factors(model: FactorAnalysis, x: Tensor) -> None:
     model.log_noise.copy_(0.5 * ((x**2).mean(0) - (both * cross).sum(1)).log())
 
 
-def em(model: nn.Module, x: Tensor, maximise: Callable[..., None], iterations: int) -> list[float]:
+def em(model: Any, x: Tensor, maximise: Callable[..., None], iterations: int) -> list[float]:
     """Mean log p(x) before each iteration and after the last; one iteration is one data pass."""
     passed = []
     with torch.no_grad():
@@ -74,7 +76,7 @@ def em(model: nn.Module, x: Tensor, maximise: Callable[..., None], iterations: i
 # --- the same programs by gradients ---------------------------------------------------------------
 
 
-def start(kind: str, x: Tensor) -> nn.Module:
+def start(kind: str, x: Tensor) -> Any:
     """The same parameters whoever trains them."""
     torch.manual_seed(0)
     if kind == "factors":
@@ -85,7 +87,7 @@ def start(kind: str, x: Tensor) -> nn.Module:
     return model
 
 
-def climb(model: nn.Module, guide: nn.Module, x: Tensor, **options: object) -> list[float]:
+def climb(model: Any, guide: Any, x: Tensor, **options: Any) -> list[float]:
     """The bound on all data after each pass; with the exact guide it is log p(x)."""
     run = pvae.fit(
         model, guide, x, valid=x, batch_size=128, lr=2e-2, lr_schedule="cosine", progress=False,
@@ -142,7 +144,7 @@ def draw(panels: Mapping[str, Curves], path: Path) -> None:
     plt.close(figure)
 
 
-def _line(axis: object, name: str, values: Sequence[float], top: float, *look: str) -> None:
+def _line(axis: Any, name: str, values: Sequence[float], top: float, *look: str) -> None:
     first = 1 + (name != "EM")  # a fit is looked at after its first pass, EM before it
     passes = range(first, first + len(values))
     short = [max(top - value, 1e-6) for value in values]

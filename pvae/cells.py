@@ -1,7 +1,7 @@
 """One cell of a board: fitted, scored on the test data, and kept in a folder of its own.
 
 The folder is written whole or not at all. A VAE's cell holds its run folder too (``run/``, which
-``pvae evaluate`` takes), a classical density's the fitted density where it can be saved.
+``pvae evaluate`` takes), a classical density's the fitted density (``density/``).
 """
 
 from __future__ import annotations
@@ -157,8 +157,7 @@ def _density(config: Config, dataset: Dataset, folder: Path, part: Path) -> tupl
             best, best_mean, best_options = density, mean, options
     if best is None:
         raise refused or OptionError("there is no candidate to fit")
-    if hasattr(best, "save"):
-        best.save(folder / "density")
+    best.save(folder / "density")
     varied = {
         name: value
         for name, value in best_options.items()

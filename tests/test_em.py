@@ -223,8 +223,8 @@ class Shrunk(GaussianMixture):
         return super().over_mass(scatter, mass + 0.2 * mass.sum())
 
 
-class NoMeanProduct(MixtureOfFactorAnalyzers):
-    """Leaves the posterior covariance of z out of its second moment."""
+class WideFactors(MixtureOfFactorAnalyzers):
+    """Takes the second moment of z for a third more than it is."""
 
     def score(self, parameters, dtype):
         right = super().score(parameters, dtype)
@@ -241,8 +241,8 @@ class NoMeanProduct(MixtureOfFactorAnalyzers):
         return score
 
 
-class LogForgotten(StudentTMixture):
-    """Weighs rows by the square of their precision."""
+class TwiceScattered(StudentTMixture):
+    """Doubles the scatter of x about zero, but not its mean."""
 
     def score(self, parameters, dtype):
         right = super().score(parameters, dtype)
@@ -264,8 +264,8 @@ class LogForgotten(StudentTMixture):
     [
         (Stale(2), counts()),
         (Shrunk(3), clumps()),
-        (NoMeanProduct(2, num_factors=2), clumps(size=2)),
-        (LogForgotten(2), heavy()),
+        (WideFactors(2, num_factors=2), clumps(size=2)),
+        (TwiceScattered(2), heavy()),
     ],
     ids=lambda v: type(v).__name__,
 )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
-from pvae.baselines.density import non_negative
 from pvae.baselines.em import Parameters, Score, Summarize
-from pvae.baselines.mixture import Mixture, Options, random_rows
+from pvae.baselines.mixture import Smoothed, random_rows
 from pvae.errors import DataError
 
 __all__ = ["BernoulliMixture"]
@@ -18,7 +14,7 @@ __all__ = ["BernoulliMixture"]
 _MIN_MEAN = 1e-3  # means stay in [1e-3, 1 - 1e-3], so that no bit is impossible
 
 
-class BernoulliMixture(Mixture):
+class BernoulliMixture(Smoothed):
     r"""Mixture of independent bits: ``sum_k pi_k prod_d mu_kd^x_d (1 - mu_kd)^(1 - x_d)``.
 
     The log prior is ``sum_kd s (m_d log mu_kd + (1 - m_d) log(1 - mu_kd))``, m the global mean and
@@ -44,16 +40,6 @@ class BernoulliMixture(Mixture):
 
     means: Tensor
     _mean: Tensor
-
-    def __init__(
-        self,
-        n_components: int | Sequence[int] = 10,
-        *,
-        smoothing: float = 1.0,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(n_components, **options)
-        self.smoothing = non_negative("smoothing", smoothing)
 
     @property
     def num_parameters(self) -> int:
@@ -97,9 +83,7 @@ class BernoulliMixture(Mixture):
     def maximise(self, counts: Tensor, statistics: tuple[Tensor, ...]) -> Parameters:
         """The share of ones among the expected rows and the pseudo-images."""
         (ones,) = statistics
-        # Without smoothing an empty component has no mass: its means are then arbitrary.
-        mass = (counts + self.smoothing).clamp(min=torch.finfo(torch.float64).tiny)
-        means = (ones + self.smoothing * self._mean) / mass[:, None]
+        means = self.pulled(counts, ones, self._mean)
         return {"means": means.clamp(_MIN_MEAN, 1 - _MIN_MEAN)}
 
     def log_prior(self, parameters: Parameters) -> Tensor:

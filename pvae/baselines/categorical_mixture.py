@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pvae.baselines.density import at_least, non_negative
+from pvae.baselines.density import at_least
 from pvae.baselines.em import Parameters, Score, Summarize
-from pvae.baselines.mixture import Mixture, Options, random_rows, whole_numbers
+from pvae.baselines.mixture import Options, Smoothed, random_rows, whole_numbers
 from pvae.errors import DataError
 
 __all__ = ["CategoricalMixture"]
@@ -19,7 +19,7 @@ __all__ = ["CategoricalMixture"]
 _MIN_PROBABILITY = 1e-6  # so that no level is impossible
 
 
-class CategoricalMixture(Mixture):
+class CategoricalMixture(Smoothed):
     r"""Mixture of independent categories (latent classes): ``sum_k pi_k prod_d p_kd(x_d)``.
 
     Rows hold whole numbers from 0 to ``num_levels - 1``. The log prior is
@@ -57,9 +57,8 @@ class CategoricalMixture(Mixture):
         smoothing: float = 1.0,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(n_components, **options)
+        super().__init__(n_components, smoothing=smoothing, **options)
         self.num_levels = None if num_levels is None else at_least("num_levels", num_levels, 2)
-        self.smoothing = non_negative("smoothing", smoothing)
 
     @property
     def num_parameters(self) -> int:
@@ -110,9 +109,7 @@ class CategoricalMixture(Mixture):
     def maximise(self, counts: Tensor, statistics: tuple[Tensor, ...]) -> Parameters:
         """The shares among the expected rows and the pseudo-rows."""
         (levels,) = statistics
-        mass = (counts + self.smoothing).clamp(min=torch.finfo(torch.float64).tiny)
-        shares = (levels + self.smoothing * self._shares) / mass[:, None, None]
-        return {"probabilities": _floored(shares)}
+        return {"probabilities": _floored(self.pulled(counts, levels, self._shares))}
 
     def log_prior(self, parameters: Parameters) -> Tensor:
         """``s sum_kdl m_dl log p_kdl``."""

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from pvae.baselines.density import non_negative
 from pvae.baselines.em import Parameters, Score, Summarize
-from pvae.baselines.mixture import Mixture, Options, random_rows, whole_numbers
+from pvae.baselines.mixture import Smoothed, bisect, random_rows, whole_numbers
 
 __all__ = ["NegativeBinomialMixture", "PoissonMixture"]
 
 _MIN_RATE = 1e-8  # so that no count is impossible
 _DISPERSION = (1e-3, 1e6)  # at the upper end the counts are Poisson to a millionth
-_BISECTIONS = 60
 
 
-class _CountMixture(Mixture):
+class _CountMixture(Smoothed):
     """What both share: rates near random rows, pulled to the global mean by pseudo-rows."""
 
     rates: Tensor
     _mean: Tensor
-
-    def __init__(
-        self,
-        n_components: int | Sequence[int] = 10,
-        *,
-        smoothing: float = 1.0,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(n_components, **options)
-        self.smoothing = non_negative("smoothing", smoothing)
 
     def _check_support(self, x: Tensor, role: str) -> None:
         whole_numbers(x, role, type(self).__name__)
@@ -56,8 +42,7 @@ class _CountMixture(Mixture):
 
     def _rates(self, counts: Tensor, total: Tensor) -> Tensor:
         """Weighted means of the expected rows and the pseudo-rows: ``(K, D)``."""
-        mass = (counts + self.smoothing).clamp(min=torch.finfo(torch.float64).tiny)
-        return ((total + self.smoothing * self._mean) / mass[:, None]).clamp(min=_MIN_RATE)
+        return self.pulled(counts, total, self._mean).clamp(min=_MIN_RATE)
 
     def seeded(self, parameters: Parameters, which: Tensor, rows: Tensor) -> Parameters:
         """As at the start, at the rows."""
@@ -197,8 +182,10 @@ class NegativeBinomialMixture(_CountMixture):
         """The weighted mean, and the dispersion where the bound is largest."""
         total, growth, pseudo = statistics
         rates = self._rates(counts, total)
-        mass = (counts + self.smoothing).clamp(min=torch.finfo(torch.float64).tiny)
-        return {"rates": rates, "dispersion": _solve((growth + pseudo) / mass[:, None], rates)}
+        level = (growth + pseudo) / self.mass(counts)[:, None]
+        # r log(1 + m/r) = level, whose left side rises in r from 0 to m
+        r = bisect(lambda r: r * torch.log1p(rates / r) < level, rates, _DISPERSION)
+        return {"rates": rates, "dispersion": r}
 
     def _pseudo_log_density(self, parameters: Parameters) -> Tensor:
         m, r = parameters["rates"], parameters["dispersion"]
@@ -219,19 +206,3 @@ class NegativeBinomialMixture(_CountMixture):
         m, r = parameters["rates"][which], parameters["dispersion"][which]
         rates = torch._standard_gamma(r, generator=generator) * m / r
         return torch.poisson(rates, generator=generator)
-
-    def _restore(self, state: Mapping[str, Tensor]) -> None:
-        super()._restore(state)
-        self._mean, self._num_data = self.rates.mean(0), 1
-
-
-def _solve(growth: Tensor, rates: Tensor) -> Tensor:
-    """R with ``r log(1 + m/r) = a``, which rises from 0 to m, by bisection in log r."""
-    low = torch.full_like(rates, _DISPERSION[0]).log()
-    high = torch.full_like(rates, _DISPERSION[1]).log()
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        r = middle.exp()
-        below = r * torch.log1p(rates / r) < growth
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return ((low + high) / 2).exp()

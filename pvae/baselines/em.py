@@ -27,7 +27,6 @@ __all__ = [
     "Fit",
     "Parameters",
     "Score",
-    "Start",
     "Summarize",
     "expect",
     "log_joint",
@@ -36,7 +35,6 @@ __all__ = [
 
 Parameters: TypeAlias = dict[str, Tensor]
 Summarize: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
-Start: TypeAlias = tuple[Tensor, Parameters]
 Score: TypeAlias = Callable[[Tensor], tuple[Tensor, Summarize]]
 
 _FORGETTING = 0.7  # of stepwise EM; convergence needs it in (0.5, 1]
@@ -144,7 +142,8 @@ def expect(
         x: Rows ``(N, D)``.
         exact: Take every product in float64, and no statistics.
     """
-    dtype = torch.float64 if exact or _rounding(family, parameters, x) is None else x.dtype
+    wide = exact or x.dtype == torch.float64 or _rounding(family, parameters, x) is None
+    dtype = torch.float64 if wide else x.dtype
     score = log_joint(family, weights, parameters, dtype)
     counts, densities = torch.zeros_like(weights), []
     sums: list[Tensor] = []
@@ -219,8 +218,10 @@ class EM:
             fit, fresh = self._revived(family, x, fit, expected, generator)
             old, expected = expected, expect(family, fit.weights, fit.parameters, x)
             gain = (found := self._objective(family, fit, expected)) - objective
-            if not fresh and not gain >= -self._allowance(family, x, before, fit, old, found):
-                raise PvaeError(_fall(iteration, gain, family, x, before, fit))
+            if not fresh and gain < 0:
+                allowed = self._allowance(family, x, before, fit, old, found)
+                if gain < -allowed:
+                    raise PvaeError(_fall(iteration, gain, family, x, before, fit))
             objective = self._said(iteration, found)
             history.append(objective)
             if not fresh and abs(gain) < self.tolerance:

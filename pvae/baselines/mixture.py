@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self, TypedDict
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from pvae.baselines.density import Density, as_sizes, at_least, non_negative
-from pvae.baselines.em import EM, Fit, Parameters, Score, Start, expect, log_joint, normalise
+from pvae.baselines.em import EM, Fit, Parameters, Score, expect, log_joint, normalise
 from pvae.errors import DataError, OptionError
 from pvae.progress import watched
 
 if TYPE_CHECKING:
     from pvae.baselines.density import Rows
 
-__all__ = ["Mixture", "Options"]
+__all__ = ["Mixture", "Options", "Smoothed", "bisect", "random_rows", "whole_numbers"]
+
+
+_BISECTIONS = 60
 
 
 class Options(TypedDict, total=False):
@@ -198,7 +201,7 @@ class Mixture(Density):
         assert best is not None
         self._take(best)
 
-    def _start(self, x: Tensor, size: int, generator: torch.Generator) -> Start:
+    def _start(self, x: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Parameters]:
         if self.start is None:
             return self.initial(x, size, generator)
         known, width = self.start, self.start._fitted_shape()[1]
@@ -241,6 +244,36 @@ class Mixture(Density):
         self._take(Fit(state["weights"], parameters, state["history"].tolist(), self.converged))
 
 
+class Smoothed(Mixture):
+    """A mixture whose components are pulled to the rows' global law by pseudo-rows.
+
+    Args:
+        n_components: K, or several.
+        smoothing: s, in pseudo-rows per component.
+        **options: Those of every mixture.
+    """
+
+    def __init__(
+        self,
+        n_components: int | Sequence[int] = 10,
+        *,
+        smoothing: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(n_components, **options)
+        self.smoothing = non_negative("smoothing", smoothing)
+
+    def mass(self, counts: Tensor) -> Tensor:
+        """Expected rows and pseudo-rows of each component: ``(K,)``, above zero."""
+        # Without smoothing an empty component has no mass: its parameters are then arbitrary.
+        return (counts + self.smoothing).clamp(min=torch.finfo(torch.float64).tiny)
+
+    def pulled(self, counts: Tensor, total: Tensor, centre: Tensor) -> Tensor:
+        """``(total_k + s centre) / (n_k + s)`` for sums ``(K, ...)`` over the rows."""
+        mass = self.mass(counts).reshape(-1, *[1] * centre.ndim)
+        return (total + self.smoothing * centre) / mass
+
+
 def random_rows(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """``size`` different rows, float64, on the device of ``x``."""
     index = torch.randperm(len(x), generator=generator)[:size]
@@ -260,3 +293,19 @@ def whole_numbers(x: Tensor, role: str, owner: str) -> None:
             f"{owner} takes whole numbers from 0 up, got {x[row, feature].item():g} in row {row}, "
             f"feature {feature} of {role}: leave the data untransformed (transform='none')"
         )
+
+
+def bisect(is_low: Callable[[Tensor], Tensor], like: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Where a rising function of positive numbers crosses zero, entry by entry, within bounds.
+
+    Args:
+        is_low: Whether it is still below zero.
+        like: A tensor of the wanted shape and dtype.
+        bounds: Between which the roots are looked for, in their logarithm.
+    """
+    low, high = (torch.full_like(like, bound).log() for bound in bounds)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        below = is_low(middle.exp())
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return ((low + high) / 2).exp()

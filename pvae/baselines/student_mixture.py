@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pvae.baselines.elliptical import Elliptical, half_log_det
 from pvae.baselines.em import Parameters, Score, Summarize
+from pvae.baselines.mixture import bisect
 
 __all__ = ["StudentTMixture"]
 
 _DOF = (0.5, 200.0)  # beyond, a t is a Gaussian to the eye, and its dof wanders off
-_BISECTIONS = 60
 
 
 class StudentTMixture(Elliptical):
@@ -95,7 +95,9 @@ class StudentTMixture(Elliptical):
         tiny = torch.finfo(torch.float64).tiny
         means, mass = first / precision.clamp(min=tiny)[:, None], counts.clamp(min=tiny)
         covariances = self.over_mass(self.scatter(first, second, means), mass)
-        dof = _solve(tail / mass)
+        level = 1 + tail / mass
+        # log(nu/2) - psi(nu/2) + level = 0, whose left side falls in nu
+        dof = bisect(lambda nu: (nu / 2).log() - (nu / 2).digamma() + level > 0, mass, _DOF)
         return {"means": means + self.shift, "covariances": covariances, "dof": dof}
 
     def draw(self, parameters: Parameters, which: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,15 +106,3 @@ class StudentTMixture(Elliptical):
         precision = torch._standard_gamma(half, generator=generator) / half
         noise = self.noise(parameters, which, generator)
         return parameters["means"][which] + noise / precision.sqrt()[:, None]
-
-
-def _solve(tail: Tensor) -> Tensor:
-    """The nu of ``log(nu/2) - psi(nu/2) + 1 + tail = 0``, by bisection of log nu."""
-    low = torch.full_like(tail, _DOF[0]).log()
-    high = torch.full_like(tail, _DOF[1]).log()
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        half = middle.exp() / 2
-        above = half.log() - half.digamma() + 1 + tail > 0
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return ((low + high) / 2).exp()
