@@ -11,7 +11,7 @@ form, whose sufficient statistics are ``s <- (1 - eta_t) s + eta_t N/B s_batch``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
@@ -145,18 +145,21 @@ def expect(
     wide = exact or x.dtype == torch.float64 or _rounding(family, parameters, x) is None
     dtype = torch.float64 if wide else x.dtype
     score = log_joint(family, weights, parameters, dtype)
-    counts, densities = torch.zeros_like(weights), []
+    counts = torch.zeros_like(weights)
     sums: list[Tensor] = []
-    for block in _blocks(family, x, len(weights)):
+    # Made beforehand: small results kept between large blocks would leave the heap in holes.
+    log_density = torch.empty(len(x)).to(weights)
+    size = _block_rows(family, x, len(weights))
+    for block, found in zip(torch.split(x, size), torch.split(log_density, size), strict=True):
         joint, summarize = score(block.to(weights.device, dtype))
-        log_density, responsibilities = normalise(joint)
-        densities.append(log_density)
+        log_evidence, responsibilities = normalise(joint)
+        found.copy_(log_evidence)
         if exact:
             continue
         counts = counts + responsibilities.sum(0, dtype=torch.float64)
-        found = [each.double() for each in summarize(responsibilities)]
-        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-    return Expected(counts, tuple(sums), torch.cat(densities))
+        parts = [each.double() for each in summarize(responsibilities)]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    return Expected(counts, tuple(sums), log_density)
 
 
 def _rounding(family: Family, parameters: Parameters, x: Tensor) -> float | None:
@@ -165,8 +168,8 @@ def _rounding(family: Family, parameters: Parameters, x: Tensor) -> float | None
     return rounding if rounding <= _ROUNDING * x.shape[1] else None
 
 
-def _blocks(family: Family, x: Tensor, size: int) -> Iterator[Tensor]:
-    yield from torch.split(x, max(1, _BLOCK_ENTRIES // family.block_width(size, x.shape[1])))
+def _block_rows(family: Family, x: Tensor, size: int) -> int:
+    return max(1, _BLOCK_ENTRIES // family.block_width(size, x.shape[1]))
 
 
 def normalise(joint: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,7 +324,7 @@ def _fall(iteration: int, gain: float, family: Family, x: Tensor, before: Fit, a
     scores = [
         log_joint(family, fit.weights, fit.parameters, torch.float64) for fit in (before, after)
     ]
-    for block in _blocks(family, x, len(change)):
+    for block in torch.split(x, _block_rows(family, x, len(change))):
         old, new = (score(block.to(change))[0] for score in scores)
         change += (old.softmax(1) * (new - old)).nan_to_num().sum(0)
     return (

@@ -38,14 +38,17 @@ def kmeans(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 def assign(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance to the nearest centre and its number, ``(N,)`` each."""
-    found = []
-    half = centres.square().sum(1) / 2
-    for block in torch.split(x, max(1, _BLOCK_ENTRIES // max(centres.shape))):
+    # Made beforehand: small results kept between large blocks would leave the heap in holes.
+    distance = torch.empty(len(x)).to(centres)
+    label = torch.empty(len(x), dtype=torch.long, device=centres.device)
+    half, size = centres.square().sum(1) / 2, max(1, _BLOCK_ENTRIES // max(centres.shape))
+    blocks = (torch.split(each, size) for each in (x, distance, label))
+    for block, to_distance, to_label in zip(*blocks, strict=True):
         rows = block.to(centres)
-        closest, label = (half - rows @ centres.T).min(1)
-        found.append((2 * closest + rows.square().sum(1), label))
-    distance, label = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return distance.clamp(min=0), label
+        closest, nearest = (half - rows @ centres.T).min(1)
+        to_distance.copy_(2 * closest + rows.square().sum(1))
+        to_label.copy_(nearest)
+    return distance.clamp_(min=0), label
 
 
 def _plus_plus(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
