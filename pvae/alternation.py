@@ -169,6 +169,7 @@ class Turns:
         self.steps: dict[str, Step] = {}
         self.before = -math.inf  # the column that has to rise, an epoch ago
         self.counts = dict.fromkeys(_PHASES, 0)
+        self.waiting: dict[str, Any] = {}  # states of steps that are not needed yet
         self._begin("e")
 
     def _begin(self, phase: str) -> None:
@@ -202,6 +203,8 @@ class Turns:
             self.steps[self.phase] = self.make(
                 self.problems[self.phase], steps, _PHASES[self.phase]
             )
+            if self.phase in self.waiting:
+                self.steps[self.phase].restore(self.waiting.pop(self.phase))
         found = self.steps[self.phase](index, step, beta)
         self.counts[self.phase] += 1
         self.taken += 1
@@ -259,6 +262,27 @@ class Turns:
         """Bring the optimisers' own states up to date."""
         for step in self.steps.values():
             step.finish()
+
+    def state(self) -> dict[str, Any]:
+        """The phase at hand and how far it is; the steps of each phase."""
+        steps = {phase: step.state() for phase, step in self.steps.items()}
+        numbers = {name: _or_none(getattr(self, name)) for name in ("last", "before")}
+        counted = {"phase": self.phase, "taken": self.taken, "counts": self.counts}
+        window = {"sums": float(self.sums), "rows": self.rows}
+        return {"steps": self.waiting | steps, **counted, **window, **numbers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on in the phase of then."""
+        self.waiting = dict(state["steps"])
+        self.phase, self.taken, self.counts = state["phase"], state["taken"], dict(state["counts"])
+        self.sums, self.rows = state["sums"], state["rows"]
+        for name in ("last", "before"):
+            setattr(self, name, -math.inf if state[name] is None else state[name])
+
+
+def _or_none(value: float) -> float | None:
+    """``-inf`` has no place in JSON."""
+    return None if value == -math.inf else value
 
 
 def _together(words: Mapping[str, str]) -> str:

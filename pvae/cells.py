@@ -243,7 +243,7 @@ def _train(
     names = ("epochs", "batch_size", "lr", "lr_schedule", "patience", "engine", "seed")
     return fit(
         model, guide, dataset.train_raw, objective=objective, valid=dataset.valid.x,
-        preprocess=dataset.preprocess, run_dir=folder, progress=False,
+        preprocess=dataset.preprocess, run_dir=folder, checkpoint_every=None, progress=False,
         **{name: full[name] for name in names},
     )  # fmt: skip
 

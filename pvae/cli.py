@@ -130,6 +130,10 @@ def _fill_train(parser: _Parser) -> None:
     option("device", str, "DEVICE", "auto, cpu, cuda, …")
     option("engine", str, "ENGINE", "auto, eager, staged, compiled or cudagraph: how a step is run")
     option("precision", str, "P", "full, or bfloat16 for linear and convolution layers")
+    option("on-nan", str, "HOW", "stop or skip: what a loss that is not finite does")
+    option("checkpoint-every", _or_none(str), "TIME", "'100 steps', '1 epoch', '5 minutes' or none")
+    option("keep-checkpoints", _whole, "N", "the newest ones that stay, beside the best")
+    option("resume", str, "RUN", "go on with a run, as if it had never stopped")
     option("run-dir", str, "FOLDER", "where to write; runs/<model>-<data>-<n> if left out")
     option("config", str, "FILE", "a YAML file with any of these options; the command line wins")
 
@@ -276,26 +280,40 @@ def _train(argv: Sequence[str], parser: _Parser) -> None:
         return
     arguments = vars(_parse(parser, rest))
     run_dir = arguments.pop("run_dir", None)
+    if "resume" in arguments:
+        if run_dir is not None:
+            raise OptionError("--resume names the run folder: leave --run-dir out")
+        folder = Path(arguments.pop("resume"))
+        config, programs = _resolve(parser, arguments, given, folder)
+        config.pop("run_dir", None)
+        commands.resume(config, programs, folder)
+        return
     config, programs = _resolve(parser, arguments, given)
     in_file = config.pop("run_dir", None)
     commands.train(config, programs, run_dir or in_file)
 
 
 def _resolve(
-    parser: _Parser, arguments: dict[str, Any], given: Mapping[str, Mapping[str, str]]
+    parser: _Parser,
+    arguments: dict[str, Any],
+    given: Mapping[str, Mapping[str, str]],
+    folder: Path | None = None,
 ) -> tuple[dict[str, Any], commands.Programs]:
-    """Defaults, then the config file, then the command line."""
+    """Defaults, then the run that is resumed, then the config file, then the command line."""
     file = arguments.pop("config", None)
     found = _read_config_file(parser, Path(file)) if file is not None else {}
-    config = {**runs.DEFAULTS, **found, **arguments}
+    base = dict(runs.DEFAULTS) if folder is None else runs.read_config(folder)
+    config = {**base, **found, **arguments}
     if not config["model"]:
         known = ", ".join(catalogue.listing("model"))
         raise OptionError(f"train needs a MODEL: one of {known}, or ./file.py:Class")
-    programs = commands.Programs(config)
+    programs = commands.Programs(config, folder)
     for component in _COMPONENTS:
         key = f"{component}_options"
         origin = f"{Path(file).name}: {key}: " if file is not None else ""
         options = programs.read(component, found.get(key, {}), origin=origin)
+        if folder is not None and _same(config, base, component):
+            options = programs.read(component, base[key], origin=f"{folder}: ") | options
         config[key] = options | programs.read(component, given[component])
         offered = programs.offered[component]
         if offered is not None:
@@ -303,6 +321,10 @@ def _resolve(
     catalogue.build_objective(config["objective"], config["objective_options"])
     config |= {"model": programs.model.reference, "guide": programs.guide.reference}
     return config, programs
+
+
+def _same(config: Mapping[str, Any], base: Mapping[str, Any], component: str) -> bool:
+    return bool(config[component] == base[component])
 
 
 def _read_config_file(parser: _Parser, path: Path) -> dict[str, Any]:

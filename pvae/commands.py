@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from pvae.roster import Entry
     from pvae.training import Run
 
-__all__ = ["Programs", "board", "compare", "diagnose", "evaluate", "list_names", "sample", "train"]
+__all__ = [
+    "Programs",
+    "board",
+    "compare",
+    "diagnose",
+    "evaluate",
+    "list_names",
+    "resume",
+    "sample",
+    "train",
+]
 
 _FIT = (
     "epochs",
@@ -42,7 +52,11 @@ _FIT = (
     "device",
     "engine",
     "precision",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "on_nan",
 )
+_FREE = ("epochs", "patience", "checkpoint_every", "keep_checkpoints")  # of a run that is resumed
 _LIKELIHOODS = {
     "binary": "bernoulli",
     "continuous": "gaussian",
@@ -52,11 +66,16 @@ _SMALL = 1_000_000  # numbers of training data
 
 
 class Programs:
-    """The model and the guide of a configuration, and the options that were given for each."""
+    """The model and the guide of a configuration, and the options that were given for each.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.model = catalogue.find("model", config["model"])
-        self.guide = catalogue.find("guide", config["guide"])
+    Args:
+        config: It names them.
+        folder: A run folder, whose copy stands in for a user's file that is gone or changed.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path | None = None) -> None:
+        self.model = runs.find("model", config["model"], folder)
+        self.guide = runs.find("guide", config["guide"], folder)
         self.offered: dict[str, catalogue.Options | None] = {
             "model": _offered("model", self.model),
             "guide": _offered("guide", self.guide),
@@ -105,7 +124,7 @@ def train(config: dict[str, Any], programs: Programs, run_dir: str | None) -> No
     """
     name = f"{programs.model.name}-{Path(str(config['data'])).stem}".replace("_", "-")
     final = Path(run_dir) if run_dir else runs.next_folder(name)
-    with runs.create(final) as aside:
+    with runs.begin(final), _resumable(final):
         dataset = _load_data(config)
         _say(dataset.description())
         with _threads(dataset):
@@ -114,10 +133,61 @@ def train(config: dict[str, Any], programs: Programs, run_dir: str | None) -> No
                 _say(
                     f"likelihood {chosen}, for {dataset.kind} data (--model.likelihood changes it)"
                 )
-            run = _fit(config, programs, dataset, aside)
-        _say(_fitted_in_words(config, run, dataset))
-        runs.draw_figures(run, dataset, aside, name=config["model"])
-    _say(f"wrote {final}; next: pvae evaluate {final}")
+            run = _fit(config, programs, dataset, final)
+        _finish_train(config, run, dataset, final)
+
+
+def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
+    """``pvae train --resume``: go on with a run that was interrupted, or that gets more epochs.
+
+    Args:
+        config: That of the run, with the options that were given.
+        programs: The model and the guide that ``config`` names.
+        folder: The run.
+
+    Raises:
+        RunError: It was started under another configuration, or another process is at work in it.
+    """
+    from pvae.locks import locked
+    from pvae.resumption import refuse_difference
+
+    with locked(folder), _resumable(folder):
+        before = runs.read_config(folder)
+        dataset = _load_data(config)
+        refuse_difference(
+            {key: config[key] for key in runs.DEFAULTS},
+            {key: before[key] for key in runs.DEFAULTS},
+            str(folder),
+            free=_FREE,
+        )
+        _say(dataset.description())
+        done = len(runs.history(folder, torn=True))
+        with _threads(dataset):
+            run = _fit(config, programs, dataset, folder, before=before)
+        _finish_train(config, run, dataset, folder)
+    if len(run.history) == done:
+        _say(f"{folder} was finished already: a larger --epochs or --patience goes on with it")
+
+
+def _finish_train(config: Mapping[str, Any], run: Run, dataset: Dataset, folder: Path) -> None:
+    _say(_fitted_in_words(config, run, dataset))
+    runs.draw_figures(run, dataset, folder, name=config["model"])
+    _say(f"wrote {folder}; next: pvae evaluate {folder}")
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say how an interrupted training goes on."""
+    from pvae.checkpoints import steps
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        found = steps(folder / "checkpoints")
+        if found:
+            line = f"pvae: {found[-1].name} is saved; go on by: pvae train --resume {folder}"
+            print(line, file=sys.stderr, flush=True)
+        raise
 
 
 def _fit(
@@ -126,9 +196,13 @@ def _fit(
     dataset: Dataset,
     folder: Path,
     *,
+    before: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Run:
-    """Train into ``folder``: pair, fit, ``config.yaml``; what was chosen is added to ``config``."""
+    """Train into ``folder``: ``config.yaml``, pair, fit; what was chosen is added to ``config``.
+
+    With ``before``, the configuration of a run in ``folder``, that run goes on.
+    """
     from pvae.checkpoints import save_tensors
     from pvae.training import fit
 
@@ -138,23 +212,34 @@ def _fit(
             config[key] = offered.defaults() | config[key]
     about = runs.facts(dataset)
     moments = runs.statistics(dataset)
-    model, guide = runs.pair(config, about | moments)
-    run = fit(
-        model,
-        guide,
-        dataset.train_raw,
-        objective=catalogue.build_objective(config["objective"], config["objective_options"]),
-        valid=dataset.valid.x,
-        preprocess=dataset.preprocess,
-        run_dir=folder,
-        progress=progress,
-        **{key: config[key] for key in _FIT},
-    )
-    if programs.takes("x_mean", "x_scale"):
+    resumed = before is not None
+    model, guide = runs.pair(config, about | moments, folder=folder if resumed else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    if programs.takes("x_mean", "x_scale") and not resumed:
         save_tensors(folder / "checkpoints" / "data", moments, {})
     kept = {key: config[key] for key in runs.DEFAULTS}
-    counted = {"num_parameters": run.num_parameters, "data_facts": about}
-    runs.write_config(folder, {"pvae": __version__, **kept, **counted})
+    counted = {"num_parameters": (before or {}).get("num_parameters"), "data_facts": about}
+    full = {"pvae": __version__, **kept, **counted}
+    runs.write_config(folder, full, sources=not resumed)
+    try:
+        run = fit(
+            model,
+            guide,
+            dataset.train_raw,
+            objective=catalogue.build_objective(config["objective"], config["objective_options"]),
+            valid=dataset.valid.x,
+            preprocess=dataset.preprocess,
+            run_dir=folder,
+            resume=resumed,
+            progress=progress,
+            **{key: config[key] for key in _FIT},
+        )
+    except RunError:  # nothing has been trained
+        if before is not None:
+            runs.write_config(folder, before, sources=False)
+        raise
+    if run.num_parameters != full["num_parameters"]:
+        runs.write_config(folder, full | {"num_parameters": run.num_parameters}, sources=False)
     return run
 
 
@@ -591,6 +676,7 @@ def _fit_roster(dataset: Dataset, config: dict[str, Any], folder: Path) -> dict[
     def train_vae(config: dict[str, Any], folder: Path) -> Run:
         programs = Programs(config)
         _choose_likelihood(config, programs, dataset)
+        config["checkpoint_every"] = None  # the folder is built aside, and gone if it fails
         return _fit(config, programs, dataset, folder, progress=sys.stderr.isatty())
 
     return roster.fit(dataset, config, folder, train_vae)
@@ -663,7 +749,7 @@ def _show(board: Board) -> None:
 def board(arguments: argparse.Namespace) -> None:
     """``pvae board``: compute what is missing of a board, and write its tables."""
     from pvae import board as boards
-    from pvae import workers
+    from pvae import locks, workers
 
     if arguments.run_cell is not None:
         from pvae import cells
@@ -685,7 +771,7 @@ def board(arguments: argparse.Namespace) -> None:
     )
     out = Path(arguments.out or f"boards/{arguments.board}-{arguments.schedule}")
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    with workers.locked(out):
+    with locks.locked(out, remedy="wait for it, or give another --out"):
         failed = _fill_cells(chosen, out / "cells", jobs)
         _write_standings(chosen, failed, out)
     if failed:

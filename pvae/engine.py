@@ -219,6 +219,12 @@ class Step(Protocol):
     def finish(self) -> None:
         """Bring the optimiser's own state up to date."""
 
+    def state(self) -> dict[str, Any]:
+        """What the step knows beyond parameters and optimiser, for a checkpoint."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`; parameters and optimiser are those of then."""
+
 
 def metrics(loss: Loss) -> Tensor:
     """Sums over the batch of bound, ELBO, reconstruction and KL: ``(4,)`` nats."""
@@ -260,6 +266,13 @@ class Eager:
 
     def finish(self) -> None:
         """Nothing is kept apart."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 class Staged:
@@ -414,6 +427,13 @@ class Staged:
         if self.update is not None:
             self.update.set_steps(self.taken)
 
+    def state(self) -> dict[str, Any]:
+        """Nothing: the steps taken are in the optimiser."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
 
 def _record(run: Callable[..., Any], inputs: list[Tensor], index: Tensor) -> Callable[..., Any]:
     """``run(*inputs, index)`` recorded as a CUDA graph: a call copies the index in and replays.
@@ -484,8 +504,7 @@ class _Update:
         return [self.optimizer.state[t][name] for t in self.tensors for name in self.names]
 
     def steps_taken(self) -> int:
-        steps = [self.optimizer.state[t].get("step", 0) for t in self.tensors]
-        return int(steps[0])
+        return max(int(self.optimizer.state[t].get("step", 0)) for t in self.tensors)
 
     def set_steps(self, count: int) -> None:
         for tensor in self.tensors:
@@ -624,6 +643,23 @@ class Auto:
     def finish(self) -> None:
         """Bring the optimiser's own state up to date."""
         self.chosen.finish()
+
+    def state(self) -> dict[str, Any]:
+        """What was chosen and for what size of batch, or the times measured so far."""
+        if not self.decided:
+            return {"times": self.times}
+        rows = self.chosen.rows if isinstance(self.chosen, Staged) else 0
+        return {"engine": self.name, "reason": self.reason, "rows": rows}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Choose as before: times measured again would not decide alike."""
+        self.times = list(state.get("times", []))
+        self.decided = "engine" in state
+        if self.decided:
+            rows = torch.arange(state["rows"], device=self.problem.device)
+            self.chosen = stage(
+                state["engine"], self.problem, rows, self.total_steps, self.say, state["reason"]
+            )
 
 
 # What is tried, in this order, before the programs are run eagerly: compiled, recorded.

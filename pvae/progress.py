@@ -39,10 +39,11 @@ class Reporter:
         epochs: Number of epochs.
         steps: Steps of an epoch.
         enabled: Show anything at all.
+        done: Steps that were taken before.
     """
 
-    def __init__(self, epochs: int, steps: int, *, enabled: bool = True) -> None:
-        self.epochs, self.steps, self.enabled = epochs, steps, enabled
+    def __init__(self, epochs: int, steps: int, *, enabled: bool = True, done: int = 0) -> None:
+        self.epochs, self.steps, self.enabled, self.done = epochs, steps, enabled, done
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task: Any = None
@@ -59,7 +60,8 @@ class Reporter:
             )
             self.bar = Progress(*columns, console=self.console, transient=True)
             self.bar.start()
-            self.task = self.bar.add_task("", total=self.epochs * self.steps, epoch=1)
+            total, epoch = self.epochs * self.steps, self.done // self.steps + 1
+            self.task = self.bar.add_task("", total=total, completed=self.done, epoch=epoch)
         return self
 
     def __exit__(

@@ -6,6 +6,7 @@
         config.yaml        what was run, every option resolved
         metrics.jsonl      one line per epoch
         checkpoints/best/  the parameters, with their SHA-256
+        checkpoints/step-00000400/   all that an interrupted training needs to go on
         source/            a copy of the user's own model or guide file
         figures/*.png
         evidence.nc, evidence.json, figures/evidence.png   from `pvae evaluate`
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULTS",
+    "begin",
     "create",
     "data_of",
     "draw_board_figures",
     "draw_figures",
     "facts",
+    "find",
     "generate",
+    "history",
     "load",
     "next_folder",
     "pair",
@@ -78,7 +82,11 @@ DEFAULTS: Mapping[str, Any] = {
     "device": "auto",
     "engine": "auto",
     "precision": "full",
+    "checkpoint_every": "5 minutes",
+    "keep_checkpoints": 2,
+    "on_nan": "stop",
 }
+_LATER = ("alternate", "checkpoint_every", "keep_checkpoints", "on_nan")  # older runs lack them
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -125,6 +133,41 @@ def create(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         _remove_empty(made)
         raise
+
+
+@contextlib.contextmanager
+def begin(path: str | Path) -> Iterator[None]:
+    """A new run folder, locked; removed if the block fails before there is a checkpoint to keep.
+
+    Raises:
+        RunError: The place is taken, or cannot be written.
+    """
+    from pvae.checkpoints import steps
+    from pvae.locks import locked
+
+    final = Path(path)
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise RunError(
+            f"{final} exists already: choose another --run-dir, remove it, or go on with it by "
+            "--resume"
+        )
+    made = [place for place in [final, *final.parents] if not place.exists()]
+    try:
+        final.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _remove_empty(made)
+        raise RunError(
+            f"{final} cannot be written ({error.strerror}): choose another --run-dir"
+        ) from None
+    with locked(final):
+        try:
+            yield
+        except BaseException:
+            if not steps(final / "checkpoints"):
+                for child in final.iterdir():
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+                _remove_empty(made)
+            raise
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -206,20 +249,20 @@ def _loader(file: str) -> Any:
     return Loader
 
 
-def write_config(folder: Path, config: Config) -> None:
+def write_config(folder: Path, config: Mapping[str, Any], *, sources: bool = True) -> None:
     """Write ``config.yaml``, and copies of the user's own files under ``source/``."""
     import yaml  # type: ignore[import-untyped]
 
     from pvae.checkpoints import write_aside
 
-    for file in _user_files(config):
+    for file in _user_files(config) if sources else []:
         (folder / "source").mkdir(exist_ok=True)
         write_aside(folder / "source" / file.name, file.read_bytes())
     text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
     write_aside(folder / "config.yaml", text.encode())
 
 
-def _user_files(config: Config) -> list[Path]:
+def _user_files(config: Mapping[str, Any]) -> list[Path]:
     places = [str(config[role]).partition(":")[0] for role in ("model", "guide")]
     return [Path(place) for place in dict.fromkeys(places) if place.endswith(".py")]
 
@@ -250,7 +293,7 @@ def read_config(run_dir: str | Path) -> Config:
         config = read_yaml(folder / "config.yaml")
     except OptionError as error:
         raise RunError(f"{folder} is damaged: {error}") from None
-    config.setdefault("alternate", None)  # runs of before there was this option
+    config = {name: DEFAULTS[name] for name in _LATER} | config
     missing = [key for key in (*DEFAULTS, "data_facts") if key not in config]
     if missing:
         raise RunError(f"{folder / 'config.yaml'} has no {missing[0]!r}: train the run again")
@@ -314,9 +357,9 @@ def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None
         known["image_shape"] = tuple(known["image_shape"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        source = _find("model", config["model"], folder)
+        source = find("model", config["model"], folder)
         model = _construct(source, config["model_options"], known)
-        guide_source = _find("guide", config["guide"], folder)
+        guide_source = find("guide", config["guide"], folder)
         wanted = catalogue.option_names(guide_source.factory) if guide_source.is_class else []
         known["model"] = model
         if "latents" in wanted:
@@ -324,7 +367,8 @@ def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None
         return model, _construct(guide_source, config["guide_options"], known)
 
 
-def _find(role: str, reference: str, folder: Path | None) -> catalogue.Program:
+def find(role: str, reference: str, folder: Path | None) -> catalogue.Program:
+    """A program by its name; the copy in a run folder stands in for a file gone or changed."""
     place = Path(reference.partition(":")[0])
     if folder is None or place.suffix != ".py":
         return catalogue.find(role, reference)
@@ -391,7 +435,8 @@ def _first_line(error: Exception) -> str:
 def load(run_dir: str | Path) -> Run:
     """The trained pair of a run folder, every byte of its parameters verified.
 
-    Neither data nor a training step are needed.
+    Neither data nor a training step are needed. Of a run that was interrupted, or whose best
+    parameters are damaged, the newest good checkpoint is taken, with a warning.
 
     Raises:
         RunError: the folder is no run, or a file in it is missing or damaged.
@@ -405,21 +450,49 @@ def load(run_dir: str | Path) -> Run:
     known = dict(config["data_facts"])
     if (folder / "checkpoints" / "data").is_dir():
         known |= load_tensors(folder / "checkpoints" / "data")[0]
-    tensors, manifest = load_tensors(folder / "checkpoints" / "best")
+    tensors, about = _best(folder)
     model, guide = pair(config, known, folder=folder)
     _restore(model, guide, tensors, known["x_dim"], folder)
-    history = _history(folder)
+    rows = history(folder, torn=about["stopped"] == "interrupted")
+    by_length = "epochs" if len(rows) == config["epochs"] else "patience"
     return Run(
         model=model,
         guide=guide,
         objective=catalogue.build_objective(config["objective"], config["objective_options"]),
-        history=history,
-        best_epoch=int(manifest.get("epoch", 0)),
+        history=rows,
+        best_epoch=int(about["epoch"]),
         num_parameters=int(config.get("num_parameters") or 0),
-        seconds=sum(row.get("seconds", 0.0) for row in history),
+        seconds=sum(row.get("seconds", 0.0) for row in rows),
         run_dir=folder,
-        stopped="epochs" if len(history) == config["epochs"] else "patience",
+        stopped=about["stopped"] or by_length,
     )
+
+
+def _best(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The best parameters of a run, with their epoch and why it stopped."""
+    from pvae.checkpoints import load_tensors, newest, steps
+
+    root = folder / "checkpoints"
+    try:
+        tensors, manifest = load_tensors(root / "best")
+        later = [path for path in steps(root) if int(path.name[5:13]) > manifest.get("step", 0)]
+        if not later or manifest.get("step") is None:
+            return tensors, {"epoch": manifest.get("epoch", 0), "stopped": manifest.get("stopped")}
+        damage = None
+    except RunError as error:
+        damage = error if (root / "best").exists() else None
+        if not steps(root):
+            raise
+    found = newest(root)
+    assert found is not None
+    where, (tensors, manifest) = found
+    place = manifest["place"]
+    reason = damage or f"{folder} was interrupted in epoch {place['epoch']}"
+    warnings.warn(f"{reason}; the best parameters of {where.name} are used", stacklevel=3)
+    kind = "best." if any(name.startswith("best.") for name in tensors) else "state."
+    kept = {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
+    stopped = None if damage else "interrupted"
+    return kept, {"epoch": place["best_epoch"], "stopped": stopped}
 
 
 def _restore(
@@ -446,11 +519,25 @@ def _restore(
             tensor.copy_(tensors[name])
 
 
-def _history(folder: Path) -> list[dict[str, float]]:
+def history(folder: Path, *, torn: bool = False) -> list[dict[str, float]]:
+    """The rows of ``metrics.jsonl``.
+
+    Args:
+        folder: The run.
+        torn: The file may lack, or may not have ended its last line.
+
+    Raises:
+        RunError: It is missing or damaged.
+    """
     path = folder / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line]
-    except (OSError, ValueError):
+        text = path.read_text()
+        if torn:
+            text = text[: text.rfind("\n") + 1]
+        return [json.loads(line) for line in text.splitlines() if line]
+    except (OSError, ValueError) as error:
+        if torn and isinstance(error, FileNotFoundError):
+            return []
         raise RunError(f"{path} is missing or damaged: train the run again") from None
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +21,14 @@ import torch
 from torch import Tensor
 
 from pvae.alternation import Alternate, Turns, as_alternate, split
-from pvae.checkpoints import save_tensors
+from pvae.checkpoints import (
+    fingerprint,
+    newest,
+    save_tensors,
+    set_aside,
+    steps,
+    write_aside,
+)
 from pvae.data import as_batch, num_rows, take
 from pvae.engine import (
     ENGINES,
@@ -30,12 +41,23 @@ from pvae.engine import (
     seed_noise,
     stage,
 )
-from pvae.errors import NonFiniteError, OptionError, ProgramError, did_you_mean
+from pvae.errors import NonFiniteError, OptionError, ProgramError, RunError, did_you_mean
 from pvae.evidence.importance import evaluation
+from pvae.interrupts import Interrupts, leave
+from pvae.locks import locked
 from pvae.objectives import Objective, PyroObjective, as_objective, vae
 from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
 from pvae.precision import precision_context
 from pvae.progress import Reporter
+from pvae.resumption import (
+    Place,
+    Saver,
+    as_every,
+    environment,
+    pack,
+    refuse_difference,
+    unpack,
+)
 from pvae.schedules import Schedule
 
 __all__ = ["Run", "fit", "lr_schedule"]
@@ -61,7 +83,8 @@ class Run:
         engine: What took the steps, with the reason.
         staging_seconds: Time it took to trace and compile the step, part of ``seconds``.
         run_dir: Its folder, if it has one.
-        stopped: Why it ended: ``"epochs"`` or ``"patience"``.
+        stopped: Why it ended: ``"epochs"`` or ``"patience"``; ``"interrupted"`` for a run that was
+            loaded before its end.
     """
 
     model: Any
@@ -100,6 +123,10 @@ def fit(
     device: str = "auto",
     seed: int = 0,
     run_dir: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: str | None = "5 minutes",
+    keep_checkpoints: int = 2,
+    on_nan: str = "stop",
     progress: bool = True,
 ) -> Run:
     """Train a model and a guide together on data.
@@ -133,7 +160,18 @@ def fit(
             layers; densities and bounds stay in the precision of the data.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ….
         seed: Seed of order and noise.
-        run_dir: Folder for ``metrics.jsonl`` and ``checkpoints/``.
+        run_dir: Folder for ``metrics.jsonl`` and ``checkpoints/``. With it, a first SIGINT or
+            SIGTERM writes a checkpoint after the step at hand and ends the training by
+            ``KeyboardInterrupt`` or ``SystemExit``; a second one leaves at once.
+        resume: Go on from the newest good checkpoint in ``run_dir``, from the beginning if there
+            is none. On the same machine, versions and device the run ends with the bytes of one
+            that was never interrupted. Model and guide have to be built as they were then. Another
+            ``epochs`` or ``patience`` is taken; a schedule then spans the new number of epochs.
+        checkpoint_every: ``"100 steps"``, ``"1 epoch"``, ``"5 minutes"``; ``None`` for no
+            checkpoints of the training, ``checkpoints/best`` at its end alone.
+        keep_checkpoints: How many of the newest ones stay, beside the best parameters.
+        on_nan: ``"stop"`` at a loss or gradient that is not finite, or ``"skip"`` its step (on a
+            CPU, where each step is waited for): its rows count in no mean of the epoch.
         progress: Show progress: a bar on a terminal, plain lines elsewhere.
 
     Returns:
@@ -141,6 +179,9 @@ def fit(
 
     Raises:
         PvaeError: An option, the data or the pair is unfit; nothing has been written then.
+        RunError: ``run_dir`` is at work in another process, holds a run that ``resume`` was not
+            asked for, or one that was started under another configuration.
+        OSError: A checkpoint could not be written; those before it are there still.
         NonFiniteError: A loss or gradient was not finite; parameters are those of the best epoch.
     """
     started = time.perf_counter()
@@ -149,7 +190,10 @@ def fit(
     plan = as_alternate(alternate)
     _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
+    folder, every = None if run_dir is None else Path(run_dir), as_every(checkpoint_every)
+    _check_run(folder, resume=resume, keep=keep_checkpoints)
     where = _device(device)
+    _check_on_nan(on_nan, where)
     data = as_batch(train, device=where)
     held_out = None if valid is None else as_batch(valid, device=where)
     total = num_rows(data)
@@ -158,7 +202,8 @@ def fit(
         if module is not None:
             module.to(where)
     devices = [where] if where.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
         seed_noise(where, seed, -1)
         example = take(data, torch.arange(min(batch_size, total), device=where))
         example = example if preprocess is None else preprocess(example)
@@ -183,13 +228,30 @@ def fit(
         problems = {"joint": problem} | ({} if plan is None else split(problem, rows, build))
         groups = [group for each in problems.values() for group in each.optimizer.param_groups]
         rates = [(group, group["lr"]) for group in groups]
-        run = Run(model, guide, goal, device=str(where))
+        run = Run(model, guide, goal, device=str(where), run_dir=folder)
         run.num_parameters = sum(p.numel() for p in weights.values())
-        run.run_dir = None if run_dir is None else Path(run_dir)
         loop = _Loop(
             run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
-            progress,
+            progress, on_nan=on_nan,
         )  # fmt: skip
+        if folder is not None:
+            stack.enter_context(_taken(folder))
+            record = {
+                "epochs": epochs, "patience": patience, "batch_size": batch_size,
+                "lr_schedule": lr_schedule, "clip_norm": clip_norm, "alternate": plan,
+                "optimizer": [type(each.optimizer) for each in problems.values()],
+                "lr": [rate for _, rate in rates], "optimizer_options": optimizer_options,
+                "objective": goal, "engine": engine, "precision": precision, "seed": seed,
+                "on_nan": on_nan,
+                "parameters": {name: list(each.shape) for name, each in weights.items()},
+            }  # fmt: skip
+            facts = _facts(record, data, held_out, where) if every is not None or resume else {}
+            if resume:
+                loop.resume(folder / "checkpoints", facts)
+            if every is not None:
+                root = folder / "checkpoints"
+                loop.saver = Saver(root, every, keep_checkpoints, facts)
+                loop.interrupts = stack.enter_context(Interrupts())
         with pyro.validation_enabled(False):
             loop.run_all(started)
     _warn_of_beta(goal, steps_per_epoch * epochs)
@@ -211,9 +273,18 @@ class _Loop:
     rates: list[tuple[dict[str, Any], float]]
     factor: Schedule
     progress: bool
-    step: int = 0
-    best: float = -math.inf
+    place: Place = field(default_factory=Place)
     best_state: dict[str, Tensor] | None = None
+    sums: Tensor | None = None
+    engine_state: Mapping[str, Any] = field(default_factory=dict)
+    saver: Saver | None = None
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    on_nan: str = "stop"
+    step: Step = field(init=False)
+    begun: float = 0.0  # when the training would have begun, had it never stopped
+    staged_before: float = 0.0  # seconds of tracing and compiling in earlier processes
+    epoch_started: float = 0.0
+    epoch_staging: float = 0.0
 
     @property
     def problem(self) -> Problem:
@@ -224,37 +295,117 @@ class _Loop:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.problem.num_data / self.batch_size)
 
+    def resume(self, root: Path, facts: Mapping[str, Any]) -> None:
+        """Go on from the newest good checkpoint, if there is one.
+
+        Raises:
+            RunError: It is of another configuration or pair, or all of them are damaged.
+        """
+        found = newest(root)
+        if found is None:
+            return
+        folder, saved = found
+        about = saved[1]
+        refuse_difference(facts["configuration"], about["configuration"], str(self.run.run_dir))
+        _compare_environments(facts["environment"], about["environment"])
+        self.best_state, self.sums = unpack(saved, self._state(), self.problems, folder)
+        self.place, self.engine_state = Place.of(about["place"]), about["engine"]
+        self.run.history = list(about["history"])
+        self.run.best_epoch = self.place.best_epoch
+        if self.epochs < self.place.epoch - 1:
+            raise RunError(
+                f"{self.run.run_dir} has done {self.place.epoch - 1} epochs already: epochs must "
+                f"be at least that, got {self.epochs}"
+            )
+        for later in steps(root)[::-1]:
+            if later == folder:
+                break
+            set_aside(later)  # damaged
+
     def run_all(self, started: float) -> None:
-        log = _open_metrics(self.run.run_dir)
+        self.begun = started - self.place.seconds
+        log = _open_metrics(self.run.run_dir, self.run.history)
         try:
-            with Reporter(self.epochs, self.steps_per_epoch, enabled=self.progress) as reporter:
-                self._epochs(reporter, log, started)
+            with Reporter(
+                self.epochs, self.steps_per_epoch, enabled=self.progress, done=self.place.step
+            ) as reporter:
+                self._epochs(reporter, log)
         finally:
             if log is not None:
                 log.close()
             self._restore()
-            self.run.seconds = time.perf_counter() - started
+            self.run.seconds, self.run.engine = self.place.seconds, self.place.engine
+            self.run.staging_seconds = self.place.staging_seconds
         if self.run.run_dir is not None:
-            about = {"epoch": self.run.best_epoch, "step": self.step}
+            about = {
+                "epoch": self.run.best_epoch,
+                "step": self.place.step,
+                "stopped": self.run.stopped,
+            }
             save_tensors(self.run.run_dir / "checkpoints" / "best", self._state(), about)
 
-    def _epochs(self, reporter: Reporter, log: Any, started: float) -> None:
-        take_step = self._step(reporter)
-        for epoch in range(1, self.epochs + 1):
-            row = self._epoch(epoch, take_step, reporter)
+    def _epochs(self, reporter: Reporter, log: Any) -> None:
+        if self._ending() is None:
+            self.step = self._step(reporter)
+            self.staged_before = self.place.staging_seconds
+            if self.engine_state:
+                self.step.restore(self.engine_state)
+            if self.place.step:
+                self._set_lr(self.place.step - 1)
+        while self._ending() is None:
+            row = self._epoch(reporter)
             self.run.history.append(row)
-            self.run.seconds = time.perf_counter() - started
             if log is not None:
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-            self._keep_best(epoch, row)
+            self._keep_best(row)
             reporter.epoch(row)
-            if self.patience is not None and epoch - self.run.best_epoch >= self.patience:
-                self.run.stopped = "patience"
-                break
-        take_step.finish()
-        self.run.engine = f"{take_step.name} ({take_step.reason})"
-        self.run.staging_seconds = take_step.seconds
+            place = self.place
+            place.epoch, place.batch = place.epoch + 1, 0
+            place.epoch_seconds, place.left_out, self.sums = 0.0, 0, None
+            self._note_time()
+            if self._ending() is None:
+                self._heed()
+        if hasattr(self, "step"):
+            self.step.finish()
+            self._save()
+        self.run.stopped = self._ending() or "epochs"
+
+    def _note_time(self) -> None:
+        self.place.seconds = time.perf_counter() - self.begun
+        self.place.staging_seconds = self.staged_before + self.step.seconds
+        self.place.engine = f"{self.step.name} ({self.step.reason})"
+
+    def _heed(self) -> None:
+        """Between two steps: a checkpoint if it is time for one, and what a signal asks for."""
+        number = self.interrupts.number
+        if self.saver is not None and (number is not None or self.saver.is_due(self.place)):
+            self._save()
+        if number is not None:
+            leave(number, f"interrupted after step {self.place.step}")
+
+    def _save(self) -> None:
+        if self.saver is None:
+            return
+        self.step.finish()
+        self._note_time()
+        seconds = self._epoch_seconds() if self.place.batch else 0.0
+        place = dataclasses.replace(self.place, epoch_seconds=seconds)
+        sums = self._no_sums() if self.sums is None else self.sums
+        saved = pack(self._state(), self.best_state, self.problems, sums)
+        self.saver.save(place, saved, self.run.history, self.step.state())
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(len(METRICS), dtype=torch.float64, device=self.problem.device)
+
+    def _ending(self) -> str | None:
+        """Why the training is over, if it is."""
+        done = self.place.epoch - 1
+        if self.place.batch:
+            return None
+        if self.patience is not None and done - self.place.best_epoch >= self.patience:
+            return "patience"
+        return "epochs" if done >= self.epochs else None
 
     def _step(self, reporter: Reporter) -> Step:
         example = torch.arange(
@@ -271,31 +422,51 @@ class _Loop:
 
         return Turns(self.plan, self.problems, make, total)
 
-    def _epoch(self, epoch: int, take_step: Step, reporter: Reporter) -> dict[str, float]:
-        started, staging = time.perf_counter(), take_step.seconds
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.problem.device)
-        beta = 1.0
-        for index in self._batches(epoch):
-            beta = float(self.problem.objective.schedule(self.step))
-            self._set_lr()
-            try:
-                found = take_step(index, self.step, beta)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"epoch {epoch}, {error}") from None
-            sums += found
-            self.step += 1
+    def _epoch(self, reporter: Reporter) -> dict[str, float]:
+        place, total = self.place, self.problem.num_data
+        self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
+        self.sums = self._no_sums() if self.sums is None else self.sums
+        for index in itertools.islice(self._batches(place.epoch), place.batch, None):
+            found = self._take(index)
+            self.sums += found
+            place.step, place.batch = place.step + 1, place.batch + 1
             reporter.step(found, len(index))
-        seconds = time.perf_counter() - started - (take_step.seconds - staging)
-        row: dict[str, float] = {"epoch": epoch, "step": self.step}
-        row |= _known(zip(METRICS, (sums / self.problem.num_data).tolist(), strict=True))
-        row |= {"beta": beta, "lr": float(self.problem.optimizer.param_groups[0]["lr"])}
+            if place.batch < self.steps_per_epoch:
+                self._heed()
+        seconds = place.epoch_seconds = self._epoch_seconds()
+        self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
+        row: dict[str, float] = {"epoch": place.epoch, "step": place.step}
+        means = (self.sums / max(total - place.left_out, 1)).tolist()
+        row |= _known(zip(METRICS, means, strict=True))
+        row["beta"] = float(self.problem.objective.schedule(place.step - 1))
+        row["lr"] = float(self.problem.optimizer.param_groups[0]["lr"])
         row |= {"seconds": seconds, "steps_per_second": self.steps_per_epoch / max(seconds, 1e-9)}
-        self._check_finite(row, epoch)
+        self._check_finite(row)
         if self.valid is not None:
             row |= {f"valid_{name}": value for name, value in self._validate().items()}
-        if isinstance(take_step, Turns):
-            row |= take_step.end_epoch(row)
+        if isinstance(self.step, Turns):
+            row |= self.step.end_epoch(row)
         return row
+
+    def _take(self, index: Tensor) -> Tensor:
+        """One step, or nothing where it is not finite and may be left out."""
+        place = self.place
+        self._set_lr(place.step)
+        try:
+            beta = float(self.problem.objective.schedule(place.step))
+            return self.step(index, place.step, beta)
+        except NonFiniteError as error:
+            if self.on_nan == "stop":
+                raise NonFiniteError(f"epoch {place.epoch}, {error}") from None
+            if place.left_out == 0:
+                warnings.warn(f"left out: epoch {place.epoch}, {error}", UserWarning, stacklevel=2)
+            place.left_out += len(index)
+            return torch.zeros(len(METRICS), device=self.problem.device)
+
+    def _epoch_seconds(self) -> float:
+        """Time of the epoch at hand, without tracing and compiling."""
+        staging = self.step.seconds - self.epoch_staging
+        return self.place.epoch_seconds + time.perf_counter() - self.epoch_started - staging
 
     def _batches(self, epoch: int) -> Iterator[Tensor]:
         """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
@@ -303,16 +474,16 @@ class _Loop:
         order = torch.randperm(self.problem.num_data, generator=generator)
         yield from torch.split(order.to(self.problem.device), self.batch_size)
 
-    def _set_lr(self) -> None:
-        factor = self.factor(self.step)
+    def _set_lr(self, step: int) -> None:
+        factor = self.factor(step)
         for group, rate in self.rates:
             group["lr"] = rate * factor
 
-    def _check_finite(self, row: Mapping[str, float], epoch: int) -> None:
+    def _check_finite(self, row: Mapping[str, float]) -> None:
         """The guard of devices whose steps are not waited for: once an epoch."""
         if not math.isfinite(row["bound"]):
             raise NonFiniteError(
-                f"epoch {epoch}: the bound is not finite; the parameters are those of epoch "
+                f"epoch {row['epoch']}: the bound is not finite; the parameters are those of epoch "
                 f"{self.run.best_epoch}: lower lr or clip the gradient (clip_norm)"
             )
 
@@ -324,6 +495,8 @@ class _Loop:
         with evaluation(problem.model, problem.guide, seed=seed, device=problem.device):
             rows = torch.arange(total, device=problem.device)
             for index in torch.split(rows, _EVALUATION_BATCH):
+                if self.interrupts.number is not None:
+                    self._heed()
                 loss = problem.objective.evaluate(
                     problem.model,
                     problem.guide,
@@ -334,12 +507,14 @@ class _Loop:
                 sums += metrics(loss).double().cpu()
         return _known(zip(METRICS, (sums / total).tolist(), strict=True))
 
-    def _keep_best(self, epoch: int, row: Mapping[str, float]) -> None:
+    def _keep_best(self, row: Mapping[str, float]) -> None:
+        place = self.place
         if self.valid is None:
-            self.run.best_epoch = epoch
-        elif row["valid_bound"] > self.best:
-            self.best, self.run.best_epoch = row["valid_bound"], epoch
+            place.best_epoch = place.epoch
+        elif row["valid_bound"] > (-math.inf if place.best is None else place.best):
+            place.best, place.best_epoch = row["valid_bound"], place.epoch
             self.best_state = {name: t.detach().clone() for name, t in self._state().items()}
+        self.run.best_epoch = place.best_epoch
 
     def _state(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the pair, by name, each tensor once."""
@@ -376,6 +551,16 @@ def _check_options(
         raise OptionError("patience needs held-out data to judge by: pass valid=")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+
+
+def _check_on_nan(on_nan: str, device: torch.device) -> None:
+    if on_nan not in ("stop", "skip"):
+        raise OptionError(f"on_nan takes 'stop' or 'skip', got {on_nan!r}")
+    if on_nan == "skip" and device.type != "cpu":
+        raise OptionError(
+            f"on_nan='skip' needs a CPU, whose steps are waited for, and this is {device}: leave "
+            "it out, or pass device='cpu'"
+        )
 
 
 def _check_alternate(plan: Alternate | None, optimizer: Any, valid: Any) -> None:
@@ -433,16 +618,86 @@ def _lr_factor(schedule: str | Schedule, steps: int) -> Schedule:
     return schedule if callable(schedule) else lr_schedule(schedule, steps)
 
 
-def _open_metrics(run_dir: Path | None) -> Any:
+# --- the run folder ------------------------------------------------------------------------------
+
+
+def _check_run(folder: Path | None, *, resume: bool, keep: int) -> None:
+    if keep < 1:
+        raise OptionError(f"keep_checkpoints must be at least 1, got {keep}")
+    if resume and folder is None:
+        raise OptionError("resume goes on with what is in a run folder: pass run_dir=")
+    if folder is not None and not resume and steps(folder / "checkpoints"):
+        raise RunError(
+            f"{folder} holds a run already: go on with it by resume=True, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[None]:
+    """The run folder, made if need be, for this process alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with locked(folder):
+        yield
+
+
+def _unwritable(folder: Path, error: OSError) -> OptionError:
+    return OptionError(
+        f"run_dir {folder} cannot be written ({error.strerror}): choose another folder"
+    )
+
+
+def _open_metrics(run_dir: Path | None, history: list[dict[str, float]]) -> Any:
+    """``metrics.jsonl``, with the epochs that were done and no half line."""
     if run_dir is None:
         return None
+    path = run_dir / "metrics.jsonl"
+    if history:
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in history).encode())
+        return path.open("a")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        return (run_dir / "metrics.jsonl").open("w")
+        return path.open("w")
     except OSError as error:
-        raise OptionError(
-            f"run_dir {run_dir} cannot be written ({error.strerror}): choose another folder"
-        ) from None
+        raise _unwritable(run_dir, error) from None
+
+
+def _facts(
+    record: Mapping[str, Any], data: Any, valid: Any, device: torch.device
+) -> dict[str, Any]:
+    """What a checkpoint says of the training it belongs to."""
+    words = {key: _in_words(value) for key, value in record.items()}
+    words["data"] = fingerprint(data)
+    words["valid"] = None if valid is None else fingerprint(valid)
+    return {"configuration": words, "environment": environment(device)}
+
+
+def _in_words(value: Any) -> Any:
+    """JSON that is the same in every process."""
+    if isinstance(value, Mapping):
+        return {str(key): _in_words(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_in_words(entry) for entry in value]
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    text = value.__qualname__ if hasattr(value, "__qualname__") else repr(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    changed = [
+        f"{key} was {before.get(key)} and is {now[key]}"
+        for key in now
+        if now[key] != before.get(key)
+    ]
+    if changed:
+        warnings.warn(
+            f"the run goes on elsewhere than it began ({'; '.join(changed)}): its last digits may "
+            "differ from those of a run that was never interrupted",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_beta(objective: Objective | PyroObjective, steps: int) -> None:

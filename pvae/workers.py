@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pvae.errors import RunError
-
-__all__ = ["Outcome", "locked", "num_cores", "read_configuration", "run_all"]
+__all__ = ["Outcome", "num_cores", "read_configuration", "run_all"]
 
 _POLL = 0.05  # seconds
 _GRACE = 5.0  # seconds to end after SIGTERM
@@ -165,25 +163,3 @@ def read_configuration() -> dict[str, Any]:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     return config
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone; the lock goes when the process does.
-
-    Raises:
-        RunError: Another process has it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: nothing keeps two processes apart
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(
-                f"another process is at work in {folder}: wait for it, or give another --out"
-            ) from None
-        yield

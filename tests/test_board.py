@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import pvae
-from pvae import board, cells, standings, workers
+from pvae import board, cells, locks, standings, workers
 from pvae.cells import Result
 from pvae.cli import main
 from pvae.errors import OptionError, RunError
@@ -592,6 +592,6 @@ def test_wrong_inputs_are_one_sentence(words, message, tmp_path, monkeypatch, ca
 def test_two_commands_in_one_folder(tmp_path, capsys):
     (tmp_path / "cells").mkdir()
     words = ["board", "binary", "--data", "digits", "--cells", "independent-bits"]
-    with workers.locked(tmp_path):
+    with locks.locked(tmp_path):
         assert main([*words, "--out", str(tmp_path)]) == RunError.exit_code
     assert "another process is at work in" in capsys.readouterr().err

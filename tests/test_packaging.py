@@ -16,7 +16,16 @@ import pvae
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "published", "rewrites", "seeds"},
-    {"log_weights", "checkpoints", "progress", "staging", "precision"},
+    {
+        "log_weights",
+        "checkpoints",
+        "foreign",
+        "interrupts",
+        "locks",
+        "progress",
+        "staging",
+        "precision",
+    },
     {"networks", "distributions", "families", "models", "guides"},
     {"particles"},
     {"bounds"},
@@ -24,7 +33,7 @@ FLOORS = [
     {"objectives", "data"},
     {"evidence", "baselines"},
     {"engine"},
-    {"alternation"},
+    {"alternation", "resumption"},
     {"training"},
     {"catalogue"},
     {"runs", "comparison", "plots", "arviz", "board", "workers"},

@@ -84,10 +84,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(place: Path, trained: Path) -> str:
     folder = place / "damaged"
     shutil.copytree(trained, folder)
-    path = folder / "checkpoints" / "best" / "tensors.safetensors"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
+    for path in folder.glob("checkpoints/[bs]*/tensors.safetensors"):  # best and steps
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
     return str(folder)
 
 

@@ -1,0 +1,312 @@
+"""What a training has to remember to go on as if it had never stopped.
+
+Noise and order of the data come from ``(seed, step)`` alone, so no random state is among it.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.checkpoints import Saved, write_checkpoint
+from pvae.engine import Problem
+from pvae.errors import OptionError, RunError
+
+__all__ = [
+    "Every",
+    "Place",
+    "Saver",
+    "as_every",
+    "environment",
+    "extras",
+    "pack",
+    "refuse_difference",
+    "unpack",
+]
+
+_FREE = ("epochs", "patience")  # may differ: they say when to stop, not what a step does
+
+
+# --- when ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often a checkpoint is written: ``"100 steps"``, ``"1 epoch"``, ``"5 minutes"``."""
+
+    number: float
+    unit: str
+
+
+def as_every(text: str | None) -> Every | None:
+    """Read ``"5 minutes"`` and its kind; ``None`` and ``"none"`` are never.
+
+    Raises:
+        OptionError: It is no number of steps, epochs or minutes.
+    """
+    if text is None or str(text).strip().lower() == "none":
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?\s*", str(text))
+    number = float(found[1]) if found else 0.0
+    if found is None or number <= 0 or (found[2] != "minute" and not number.is_integer()):
+        raise OptionError(
+            "checkpoint_every takes a number of steps, epochs or minutes ('100 steps', '1 epoch', "
+            f"'5 minutes') or 'none', got {text!r}"
+        )
+    return Every(number, found[2])
+
+
+# --- what ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """Where a training stands, apart from its tensors.
+
+    Attributes:
+        epoch: The epoch at hand, from 1.
+        batch: Its batches that were taken.
+        step: Steps that were taken.
+        best: Best validation bound so far.
+        best_epoch: The epoch it was reached in.
+        seconds: Time of the training so far.
+        epoch_seconds: Time of the epoch at hand so far.
+        staging_seconds: Time spent on tracing and compiling so far.
+        left_out: Rows of the epoch at hand whose steps were left out.
+        engine: What took the steps.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    staging_seconds: float = 0.0
+    left_out: int = 0
+    engine: str = ""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Place:
+        """From a manifest."""
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
+
+
+def extras(problem: Problem, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that steps change and ``state`` has not.
+
+    Buffers outside the state dict, and the running baselines of Pyro's ``TraceGraph_ELBO``.
+    """
+    import pyro
+
+    seen = {id(tensor) for tensor in state.values()}
+    buffers = [buffer for buffer in problem.buffers() if id(buffer) not in seen]
+    store = pyro.get_param_store()
+    baselines = {name: store[name] for name in store.keys() if name.startswith("__baseline")}  # noqa: SIM118
+    return {f"buffer.{k}": buffer for k, buffer in enumerate(buffers)} | {
+        f"baseline.{name}": value.detach() for name, value in baselines.items()
+    }
+
+
+def pack(
+    state: Mapping[str, Tensor],
+    best: Mapping[str, Tensor] | None,
+    problems: Mapping[str, Problem],
+    sums: Tensor,
+) -> Saved:
+    """Every tensor of a training by name, and what its optimisers keep besides."""
+    tensors = {f"state.{name}": tensor for name, tensor in state.items()}
+    tensors |= {f"extra.{n}": tensor for n, tensor in extras(problems["joint"], state).items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in (best or {}).items()}
+    tensors["epoch.sums"] = sums
+    values: dict[str, Any] = {}
+    on_cpu = []
+    for phase, problem in problems.items():
+        for k, weight in enumerate(_weights(problem)):
+            for key, value in problem.optimizer.state.get(weight, {}).items():
+                name = f"optimizer.{phase}.{k}.{key}"
+                if isinstance(value, Tensor):
+                    tensors[name] = value
+                    if value.device.type == "cpu" and weight.device.type != "cpu":
+                        on_cpu.append(name)
+                elif isinstance(value, (bool, int, float, str, type(None))):
+                    values[name] = value
+                else:
+                    raise OptionError(
+                        f"{type(problem.optimizer).__name__} keeps a {type(value).__name__} "
+                        f"{key!r}, which no checkpoint can hold: pass checkpoint_every=None"
+                    )
+    return tensors, {"optimizer_values": values, "optimizer_on_cpu": on_cpu}
+
+
+def _weights(problem: Problem) -> list[Tensor]:
+    return [weight for group in problem.optimizer.param_groups for weight in group["params"]]
+
+
+def unpack(
+    saved: Saved, state: Mapping[str, Tensor], problems: Mapping[str, Problem], folder: Path
+) -> tuple[dict[str, Tensor] | None, Tensor]:
+    """Copy a checkpoint into a pair and its optimisers.
+
+    Args:
+        saved: What :func:`pack` gave, loaded.
+        state: The pair's own tensors by name.
+        problems: Whose optimisers are filled.
+        folder: Where it was read, for the message.
+
+    Returns:
+        The best tensors so far, and the sums of the epoch at hand.
+
+    Raises:
+        RunError: They are those of another pair.
+    """
+    import pyro
+
+    tensors, about = saved
+    for name, value in _under("extra.baseline.", tensors).items():
+        pyro.param(name, value)
+    device = problems["joint"].device
+    own = {f"state.{name}": tensor for name, tensor in state.items()}
+    own |= {f"extra.{n}": tensor for n, tensor in extras(problems["joint"], state).items()}
+    _refuse_others(own, tensors, folder)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    for phase, problem in problems.items():
+        weights = _weights(problem)
+        problem.optimizer.state.clear()
+        prefix = f"optimizer.{phase}."
+        entries = _under(prefix, tensors) | _under(prefix, about["optimizer_values"])
+        for name, value in sorted(entries.items(), key=lambda entry: entry[0]):
+            index, _, key = name.partition(".")
+            weight = weights[int(index)]
+            on = torch.device("cpu") if prefix + name in about["optimizer_on_cpu"] else None
+            problem.optimizer.state[weight][key] = _like(value, weight, on)
+    best = {name: tensor.to(device) for name, tensor in _under("best.", tensors).items()}
+    return best or None, tensors["epoch.sums"].to(device)
+
+
+def _under(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in entries.items()
+        if name.startswith(prefix)
+    }
+
+
+def _refuse_others(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
+    kept = {name for name in saved if name.startswith(("state.", "extra."))}
+    for name in sorted(own.keys() ^ kept):
+        what = "lacks" if name in own else "has, and the pair has not,"
+        raise RunError(f"checkpoint {folder} {what} the tensor {name!r}: was the model changed?")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+            raise RunError(
+                f"{name!r} is {saved[name].dtype} {tuple(saved[name].shape)} in checkpoint "
+                f"{folder} and {tensor.dtype} {tuple(tensor.shape)} in the pair: was the model "
+                "changed?"
+            )
+
+
+def _like(value: Any, weight: Tensor, device: torch.device | None) -> Any:
+    """A state of an optimiser in memory as it would have made it itself."""
+    if not isinstance(value, Tensor):
+        return value
+    device = weight.device if device is None else device
+    if value.shape == weight.shape:
+        made = torch.empty_like(
+            weight, dtype=value.dtype, device=device, memory_format=torch.preserve_format,
+            requires_grad=False,
+        )  # fmt: skip
+    else:
+        made = torch.empty(value.shape, dtype=value.dtype, device=device)
+    with torch.no_grad():
+        return made.copy_(value)
+
+
+# --- where ---------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes the checkpoints of one training.
+
+    Args:
+        root: The folder of the run's checkpoints.
+        every: How often.
+        keep: How many stay.
+        facts: What every manifest holds: the configuration, the environment.
+    """
+
+    def __init__(self, root: Path, every: Every, keep: int, facts: Mapping[str, Any]) -> None:
+        self.root, self.every, self.keep, self.facts = root, every, keep, facts
+        self.step, self.at = -1, time.monotonic()
+
+    def is_due(self, place: Place) -> bool:
+        """Whether it is time for the next one."""
+        if self.every.unit == "minute":
+            return time.monotonic() - self.at >= 60 * self.every.number
+        if self.every.unit == "step":
+            return place.step - max(self.step, 0) >= self.every.number
+        return place.batch == 0 and (place.epoch - 1) % self.every.number == 0
+
+    def save(self, place: Place, saved: Saved, history: Sequence[Any], engine: Any) -> None:
+        """Write one."""
+        tensors, about = saved
+        content = {
+            **self.facts,
+            **about,
+            "place": asdict(place),
+            "engine": engine,
+            "history": list(history),
+        }
+        write_checkpoint(self.root, place.step, tensors, content, keep=self.keep)
+        self.step, self.at = place.step, time.monotonic()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the bytes of a training depend on besides its configuration."""
+    from importlib.metadata import version
+
+    return {
+        "device": str(device),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": version("pyro-ppl"),
+    }
+
+
+def refuse_difference(
+    now: Mapping[str, Any], before: Mapping[str, Any], place: str, *, free: Sequence[str] = _FREE
+) -> None:
+    """Refuse another configuration than a run was started with.
+
+    Raises:
+        RunError: They differ in more than when to stop; the message lists all differences.
+    """
+    keys = [key for key in {**before, **now} if key not in free]
+    changed = [
+        f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"{place} was started under another configuration: {'; '.join(changed)} (resume it "
+            "as it was, or train in another folder)"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
