@@ -149,7 +149,8 @@ def write_checkpoint(
     aside = root / ".step.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
+        for left in (aside, *root.glob(".step-*.old")):
+            _remove(left)
         save_tensors(aside, tensors, {"step": step, **about})
         aside.replace(final)
         _flush_folder(root)
