@@ -244,18 +244,21 @@ class Saver:
         every: How often.
         keep: How many stay.
         facts: What every manifest holds: the configuration, the environment.
+        step: The step of the last one.
     """
 
-    def __init__(self, root: Path, every: Every, keep: int, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, root: Path, every: Every, keep: int, facts: Mapping[str, Any], *, step: int = 0
+    ) -> None:
         self.root, self.every, self.keep, self.facts = root, every, keep, facts
-        self.step, self.at = -1, time.monotonic()
+        self.step, self.at = step, time.monotonic()
 
     def is_due(self, place: Place) -> bool:
         """Whether it is time for the next one."""
         if self.every.unit == "minute":
             return time.monotonic() - self.at >= 60 * self.every.number
         if self.every.unit == "step":
-            return place.step - max(self.step, 0) >= self.every.number
+            return place.step - self.step >= self.every.number
         return place.batch == 0 and (place.epoch - 1) % self.every.number == 0
 
     def save(self, place: Place, saved: Saved, history: Sequence[Any], engine: Any) -> None:

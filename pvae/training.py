@@ -250,7 +250,7 @@ def fit(
                 loop.resume(folder / "checkpoints", facts)
             if every is not None:
                 root = folder / "checkpoints"
-                loop.saver = Saver(root, every, keep_checkpoints, facts)
+                loop.saver = Saver(root, every, keep_checkpoints, facts, step=loop.place.step)
                 loop.interrupts = stack.enter_context(Interrupts())
         with pyro.validation_enabled(False):
             loop.run_all(started)

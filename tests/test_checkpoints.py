@@ -239,7 +239,7 @@ def test_a_training_goes_on_after_a_fault_in_any_of_its_checkpoints(tmp_path, mo
         except Fault:
             continue
     assert met == {2, 4, 6}
-    assert tries >= 2  # before prune meets nothing to prune at first
+    assert tries == (1 if point == "before prune" else 3)  # nothing to prune at first
     assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True))
 
 
