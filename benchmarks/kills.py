@@ -4,9 +4,9 @@
     python benchmarks/kills.py --kills 20 --engine compiled
 
 Each process is a fork of this one, so that no kill is spent on imports. It writes a checkpoint
-every 10 steps. Every other kill comes at a random time, wherever the process is then, and the others
-after a random step. What is compared are the SHA-256 of the final parameters and the history without
-its times; one line of JSON says how many steps old the newest checkpoint was at the kills.
+every 10 steps. Every other kill comes at a random time, wherever the process is then, and the
+others after a random step. What is compared are the SHA-256 of the final parameters and the history
+without its times; one line of JSON says how old the newest checkpoint was at the kills, in steps.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ import torch
 
 import pvae
 from pvae import training
-from pvae.checkpoints import steps
+from pvae.checkpoints import newest, steps
 from pvae.guides.gaussian import Gaussian
 from pvae.models.vae import VAE
-
-EVERY = 10  # steps between checkpoints
 
 
 def train(folder: Path, arguments: argparse.Namespace) -> None:
@@ -47,7 +45,7 @@ def train(folder: Path, arguments: argparse.Namespace) -> None:
     pvae.fit(
         model, guide, x[:105], valid=x[105:], epochs=epochs, batch_size=11, lr=1e-2,
         lr_schedule="cosine", engine=arguments.engine, alternate=arguments.alternate,
-        run_dir=folder, resume=True, checkpoint_every=f"{EVERY} steps", progress=False,
+        run_dir=folder, resume=True, checkpoint_every=f"{arguments.every} steps", progress=False,
     )  # fmt: skip
 
 
@@ -82,6 +80,12 @@ def outcome(folder: Path) -> tuple[str, list[dict[str, float]]]:
     return hashlib.sha256(content).hexdigest(), kept
 
 
+def engine_used(folder: Path) -> str:
+    found = newest(folder / "checkpoints")
+    assert found is not None
+    return str(found[1][1]["place"]["engine"])
+
+
 def newest_step(folder: Path) -> int:
     found = steps(folder / "checkpoints")
     return int(found[-1].name[5:13]) if found else 0
@@ -95,7 +99,7 @@ def killed_run(
     while True:
         begin, last, ended = newest_step(folder), None, 0
         shared[:8] = struct.pack("q", begin)
-        if len(ages) < budget and len(ages) % 2:
+        if len(ages) < budget and len(ages) % 2 == 0:
             last = begin + random.randint(1, arguments.steps // 2)
         pid = start(folder, arguments, shared, last)
         if len(ages) < budget and last is None:
@@ -118,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--engine", default="eager")
     parser.add_argument("--alternate", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -140,8 +145,8 @@ def main() -> None:
             shutil.rmtree(folder)
             runs += 1
         print(json.dumps({
-            "engine": arguments.engine, "kills": len(ages), "runs": runs, "identical": runs,
-            "ages": sorted(set(ages)), "seconds": round(time.monotonic() - begun, 1),
+            "engine": engine_used(place / "whole"), "kills": len(ages), "runs": runs,
+            "identical": runs, "ages": sorted(set(ages)), "seconds": round(time.monotonic() - begun, 1),
             "sha256": whole[0][:16],
         }))  # fmt: skip
     finally:

@@ -102,19 +102,10 @@ class Place:
 
 
 def extras(problem: Problem, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that steps change and ``state`` has not.
-
-    Buffers outside the state dict, and the running baselines of Pyro's ``TraceGraph_ELBO``.
-    """
-    import pyro
-
+    """Tensors that steps change and ``state`` has not: buffers outside the state dict."""
     seen = {id(tensor) for tensor in state.values()}
     buffers = [buffer for buffer in problem.buffers() if id(buffer) not in seen]
-    store = pyro.get_param_store()
-    baselines = {name: store[name] for name in store.keys() if name.startswith("__baseline")}  # noqa: SIM118
-    return {f"buffer.{k}": buffer for k, buffer in enumerate(buffers)} | {
-        f"baseline.{name}": value.detach() for name, value in baselines.items()
-    }
+    return {f"buffer.{k}": buffer for k, buffer in enumerate(buffers)}
 
 
 def pack(
@@ -169,11 +160,7 @@ def unpack(
     Raises:
         RunError: They are those of another pair.
     """
-    import pyro
-
     tensors, about = saved
-    for name, value in _under("extra.baseline.", tensors).items():
-        pyro.param(name, value)
     device = problems["joint"].device
     own = {f"state.{name}": tensor for name, tensor in state.items()}
     own |= {f"extra.{n}": tensor for n, tensor in extras(problems["joint"], state).items()}

@@ -171,7 +171,8 @@ def fit(
             checkpoints of the training, ``checkpoints/best`` at its end alone.
         keep_checkpoints: How many of the newest ones stay, beside the best parameters.
         on_nan: ``"stop"`` at a loss or gradient that is not finite, or ``"skip"`` its step (on a
-            CPU, where each step is waited for): its rows count in no mean of the epoch.
+            CPU, where each step is waited for): its rows count in no mean of the epoch, and their
+            number is ``left_out`` in the history.
         progress: Show progress: a bar on a terminal, plain lines elsewhere.
 
     Returns:
@@ -280,6 +281,7 @@ class _Loop:
     saver: Saver | None = None
     interrupts: Interrupts = field(default_factory=Interrupts)
     on_nan: str = "stop"
+    has_warned: bool = False
     step: Step = field(init=False)
     begun: float = 0.0  # when the training would have begun, had it never stopped
     staged_before: float = 0.0  # seconds of tracing and compiling in earlier processes
@@ -441,6 +443,8 @@ class _Loop:
         row["beta"] = float(self.problem.objective.schedule(place.step - 1))
         row["lr"] = float(self.problem.optimizer.param_groups[0]["lr"])
         row |= {"seconds": seconds, "steps_per_second": self.steps_per_epoch / max(seconds, 1e-9)}
+        if place.left_out:
+            row["left_out"] = place.left_out
         self._check_finite(row)
         if self.valid is not None:
             row |= {f"valid_{name}": value for name, value in self._validate().items()}
@@ -458,8 +462,9 @@ class _Loop:
         except NonFiniteError as error:
             if self.on_nan == "stop":
                 raise NonFiniteError(f"epoch {place.epoch}, {error}") from None
-            if place.left_out == 0:
+            if not self.has_warned:
                 warnings.warn(f"left out: epoch {place.epoch}, {error}", UserWarning, stacklevel=2)
+            self.has_warned = True
             place.left_out += len(index)
             return torch.zeros(len(METRICS), device=self.problem.device)
 

@@ -115,7 +115,10 @@ def test_missing_and_swapped_files_are_named(root, name):
         assert newest_step(root) == 10
     one.write_bytes(kept[1])
     two.write_bytes(kept[0])
-    with pytest.warns(UserWarning), pytest.raises(RunError, match="step-00000020"):
+    with (
+        pytest.warns(UserWarning, match="step-00000010"),
+        pytest.raises(RunError, match="step-00000020"),
+    ):
         checkpoints.newest(root)
 
 
@@ -146,7 +149,7 @@ def test_older_checkpoints_go_and_one_of_the_same_step_is_never_replaced(tmp_pat
     assert checkpoints.newest(tmp_path)[1][1]["later"]
 
 
-# --- faults while a checkpoint is written ----------------------------------------------------------
+# --- faults while a checkpoint is written --------------------------------------------------------
 
 
 class Fault(Exception):

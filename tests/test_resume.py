@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -79,33 +82,6 @@ def store_pair():
     return model, guide
 
 
-class Discrete(nn.Module):
-    """One binary latent, for the score-function estimator and its running baseline."""
-
-    latents = {"k": ()}
-
-    def __init__(self, *, model: bool) -> None:
-        super().__init__()
-        self.of_model = model
-        self.net = nn.Linear(1, 4) if model else nn.Linear(4, 1)
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            if not self.of_model:
-                logits = self.net(x).squeeze(-1)
-                baseline = {"use_decaying_avg_baseline": True}
-                pyro.sample("k", dist.Bernoulli(logits=logits), infer={"baseline": baseline})
-                return
-            k = pyro.sample("k", dist.Bernoulli(torch.full((len(x),), 0.5)))
-            pyro.sample("x", dist.Normal(self.net(k[:, None]), 1).to_event(1), obs=x)
-
-
-def discrete_pair() -> tuple[nn.Module, nn.Module]:
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    return Discrete(model=True), Discrete(model=False)
-
-
 CASES: dict[str, tuple] = {
     "eager": (small_pair, {"engine": "eager"}),
     "staged": (small_pair, {"engine": "staged"}),
@@ -130,9 +106,7 @@ CASES: dict[str, tuple] = {
     ),
     "buffers": (normalised_pair, {"engine": "eager"}),
     "store": (store_pair, {"engine": "eager"}),
-    "baseline of Pyro": (
-        discrete_pair, {"objective": pyro.infer.TraceGraph_ELBO(), "engine": "eager"}
-    ),
+    "an ELBO of Pyro": (small_pair, {"objective": pyro.infer.Trace_ELBO(), "engine": "eager"}),
 }  # fmt: skip
 
 
@@ -149,7 +123,9 @@ class Death(Exception):
     """The process would be gone here."""
 
 
-def die_after(monkeypatch: pytest.MonkeyPatch, step: int):
+@contextlib.contextmanager
+def dying_after(step: int):
+    """The training within dies after a step, when its checkpoint is written."""
     heed = training._Loop._heed
 
     def dying(loop) -> None:
@@ -157,9 +133,11 @@ def die_after(monkeypatch: pytest.MonkeyPatch, step: int):
         if loop.place.step == step:
             raise Death
 
-    context = monkeypatch.context()
-    context.__enter__().setattr(training._Loop, "_heed", dying)
-    return context
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(training._Loop, "_heed", dying)
+        with contextlib.suppress(Death):
+            yield
+            pytest.fail("it ended before its death")
 
 
 def end(run) -> tuple[bytes, list[dict[str, float]], tuple]:
@@ -178,15 +156,11 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(name, tmp_path, monkey
     if name == "auto":  # stage, whatever the times say
         monkeypatch.setattr(Auto, "_staging_pays", -1.0)
     whole = end(fitted(tmp_path / "whole", make, **options))
-    deaths = (1, 6, 8, 15)
+    deaths = (1, 6, 8, 15) if options["engine"] == "eager" else (2, 7)
     folder = tmp_path / "killed"
     for step in deaths:
-        with pytest.raises(Death):
-            try:
-                context = die_after(monkeypatch, step)
-                fitted(folder, make, resume=True, **options)
-            finally:
-                context.__exit__(None, None, None)
+        with dying_after(step):
+            fitted(folder, make, resume=True, **options)
     found = end(fitted(folder, make, resume=True, **options))
     assert found[1] == whole[1]
     assert found == whole
@@ -194,7 +168,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(name, tmp_path, monkey
 
 def test_a_wrong_resume_is_caught(tmp_path, monkeypatch):
     """Without the optimiser's state, or a batch too far, the bytes are others."""
-    whole = end(fitted(tmp_path / "whole", small_pair))
+    whole = end(fitted(tmp_path / "whole", small_pair, engine="eager"))
     unpack = training.unpack
 
     def forgetful(saved, state, problems, folder):
@@ -213,20 +187,15 @@ def test_a_wrong_resume_is_caught(tmp_path, monkeypatch):
         {"unpack": forgetful, "Place": type("P", (), {"of": staticmethod(shifted)})}.items()
     ):
         folder = tmp_path / str(number)
-        with die_after(monkeypatch, 7), pytest.raises(Death):
-            fitted(folder, small_pair)
+        die_and_leave(folder)
         with monkeypatch.context() as context:
             context.setattr(training, name, wrong)
-            assert end(fitted(folder, small_pair, resume=True))[0] != whole[0]
+            assert end(resumed(folder))[0] != whole[0]
 
 
-def die_and_leave(folder: Path, monkeypatch, step: int = 7, **options) -> None:
-    context = die_after(monkeypatch, step)
-    try:
-        with pytest.raises(Death):
-            fitted(folder, small_pair, engine="eager", **options)
-    finally:
-        context.__exit__(None, None, None)
+def die_and_leave(folder: Path, step: int = 7, **options) -> None:
+    with dying_after(step):
+        fitted(folder, small_pair, engine="eager", **options)
 
 
 def resumed(folder: Path, **options):
@@ -241,26 +210,26 @@ def test_checkpoints_change_nothing(tmp_path):
     assert all(each == ends[0] for each in ends)
 
 
-def test_early_stopping_goes_on_counting(tmp_path, monkeypatch):
+def test_early_stopping_goes_on_counting(tmp_path):
     options = {"epochs": 60, "patience": 3, "lr": 0.1, "checkpoint_every": "1 epoch"}
     whole = fitted(tmp_path / "whole", small_pair, engine="eager", **options)
     assert whole.stopped == "patience"
     steps = 4 * (whole.best_epoch + 2)  # two of the three epochs are over
-    die_and_leave(tmp_path / "killed", monkeypatch, steps, **options)
+    die_and_leave(tmp_path / "killed", steps, **options)
     assert end(resumed(tmp_path / "killed", **options)) == end(whole)
 
 
-def test_a_torn_line_of_the_metrics_is_mended(tmp_path, monkeypatch):
+def test_a_torn_line_of_the_metrics_is_mended(tmp_path):
     whole = end(fitted(tmp_path / "whole", small_pair, engine="eager"))
-    die_and_leave(tmp_path / "killed", monkeypatch)
+    die_and_leave(tmp_path / "killed")
     with (tmp_path / "killed/metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "bou')
     assert end(resumed(tmp_path / "killed")) == whole
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path):
     whole = end(fitted(tmp_path / "whole", small_pair, engine="eager"))
-    die_and_leave(tmp_path / "killed", monkeypatch)
+    die_and_leave(tmp_path / "killed")
     path = tmp_path / "killed/checkpoints/step-00000007/tensors.safetensors"
     spoilt = path.read_bytes()[:-1]
     path.write_bytes(spoilt)
@@ -450,6 +419,29 @@ def test_a_folder_at_work_is_refused(tmp_path):
     resumed(tmp_path, epochs=1)
 
 
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", *WORDS, "--epochs", "1", "--run-dir", "run"]
+    assert main(words) == 0
+    command = [sys.executable, "-S", "-c", HOLDER, "run/.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert main(["train", "--resume", "run"]) == 66
+        assert "another process is at work in run" in capsys.readouterr().err
+        process.kill()
+    assert main(["train", "--resume", "run"]) == 0
+
+
 # --- not a number --------------------------------------------------------------------------------
 
 
@@ -466,7 +458,9 @@ class Poisoned(nn.Module):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
             scale = torch.where(x[:, :1] > 50, torch.nan, 1.0)
-            pyro.sample("x", dist.Normal(self.net(z), scale).to_event(1), obs=x)
+            pyro.sample(
+                "x", dist.Normal(self.net(z), scale, validate_args=False).to_event(1), obs=x
+            )
 
 
 def poisoned_pair() -> tuple[nn.Module, nn.Module]:
@@ -485,6 +479,7 @@ def test_skipped_steps_move_nothing_and_count_in_no_mean(tmp_path, monkeypatch, 
     with pytest.warns(UserWarning, match="left out: epoch 1, step"):
         run = pvae.fit(*poisoned_pair(), x, on_nan="skip", **options)
     assert all(-60 < row["bound"] < 0 for row in run.history)
+    assert all(row["left_out"] in (5, 6) for row in run.history)  # the batch of row 3
     assert run.history[-1]["step"] == 12
     assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
 
@@ -517,7 +512,7 @@ def test_the_command_line_resumes(tmp_path, monkeypatch, at_step, capsys):
         ("--lr", "0.5"): "lr was 0.002 and is 0.5",
         ("--guide.hidden", "[5]"): "guide_options was {'hidden': [4]",
         ("--data", "digits", "--binarize", "fixed"): "binarize was None and is 'fixed'",
-        ("vae",): "model was 'factor-analysis' and is 'vae'",
+        ("vae",): "model was 'factor_analysis' and is 'vae'",
         ("--run-dir", "other"): "leave --run-dir out",
     }.items():
         assert main(["train", "--resume", "run", *words]) in (2, 66)
