@@ -7,7 +7,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from pvae.particles import Layout, arguments, check_support, module_of, named_te
 from pvae.precision import precision_context
 from pvae.progress import Reporter
 from pvae.schedules import Schedule
+from pvae.trackers import Tracker
 
 __all__ = ["Run", "fit", "lr_schedule"]
 
@@ -101,6 +102,7 @@ def fit(
     seed: int = 0,
     run_dir: str | Path | None = None,
     progress: bool = True,
+    trackers: Sequence[Tracker] = (),
 ) -> Run:
     """Train a model and a guide together on data.
 
@@ -135,6 +137,7 @@ def fit(
         seed: Seed of order and noise.
         run_dir: Folder for ``metrics.jsonl`` and ``checkpoints/``.
         progress: Show progress: a bar on a terminal, plain lines elsewhere.
+        trackers: Told of each epoch, see :mod:`pvae.trackers`.
 
     Returns:
         The run, its parameters those of the best validation bound (the last ones without valid).
@@ -188,7 +191,7 @@ def fit(
         run.run_dir = None if run_dir is None else Path(run_dir)
         loop = _Loop(
             run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
-            progress,
+            progress, trackers,
         )  # fmt: skip
         with pyro.validation_enabled(False):
             loop.run_all(started)
@@ -211,6 +214,7 @@ class _Loop:
     rates: list[tuple[dict[str, Any], float]]
     factor: Schedule
     progress: bool
+    trackers: Sequence[Tracker] = ()
     step: int = 0
     best: float = -math.inf
     best_state: dict[str, Tensor] | None = None
@@ -237,9 +241,13 @@ class _Loop:
         if self.run.run_dir is not None:
             about = {"epoch": self.run.best_epoch, "step": self.step}
             save_tensors(self.run.run_dir / "checkpoints" / "best", self._state(), about)
+        for tracker in self.trackers:
+            tracker.finish(self.run)
 
     def _epochs(self, reporter: Reporter, log: Any, started: float) -> None:
         take_step = self._step(reporter)
+        for tracker in self.trackers:
+            tracker.start(self.run)
         for epoch in range(1, self.epochs + 1):
             row = self._epoch(epoch, take_step, reporter)
             self.run.history.append(row)
@@ -249,6 +257,8 @@ class _Loop:
                 log.flush()
             self._keep_best(epoch, row)
             reporter.epoch(row)
+            for tracker in self.trackers:
+                tracker.epoch(self.run, row)
             if self.patience is not None and epoch - self.run.best_epoch >= self.patience:
                 self.run.stopped = "patience"
                 break
