@@ -186,7 +186,9 @@ def work(
     optuna = _optuna()
     asked = runs.read_yaml(folder / _FILE)
     config, space = asked["config"], parse_all(asked["search"])
-    seed = mix(config["seed"], worker)
+    study = open_study(folder, storage, epochs=config["epochs"])
+    # A worker of a sweep that goes on must not propose again what the first one did.
+    seed = mix(config["seed"], worker, len(study.get_trials(deepcopy=False)))
     study = open_study(folder, storage, seed=seed % 2**32, epochs=config["epochs"])
     while (trial := _ticket(folder, study, trials)) is not None:
         started = time.perf_counter()
@@ -226,7 +228,7 @@ def _one(
 
 
 def _ticket(folder: Path, study: Any, trials: int) -> Any:
-    """The next trial, or ``None``; one worker of this machine at a time, so that none is doubled."""
+    """The next trial, or ``None``; workers of a machine ask in turn, so that none is doubled."""
     with _turn(folder):
         given = sum(_counts(trial, running=True) for trial in study.get_trials(deepcopy=False))
         if given >= trials:
@@ -341,7 +343,12 @@ def _drawn(name: str, study: Any, **options: Any) -> Any:
     for each in figure.axes:
         if each.get_ylabel() == "Objective Value":
             each.set_ylabel("validation log evidence, nats")
-    figure.set_size_inches(12, 9) if name == "contour" else figure.set_size_inches(9, 5)
+    figure.set_size_inches(12, 9 if name == "contour" else 6)
+    if name == "parallel_coordinate":
+        figure.subplots_adjust(bottom=0.25)
+        figure.axes[0].set_title("")
+        names = sorted(options["params"])  # the order in which Optuna draws them
+        figure.axes[0].set_xticklabels(["log evidence", *names], rotation=20)
     return figure
 
 
