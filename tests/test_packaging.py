@@ -27,7 +27,7 @@ FLOORS = [
     {"alternation", "trackers"},
     {"training"},
     {"catalogue"},
-    {"runs", "comparison", "plots", "arviz", "board", "workers", "search_spaces"},
+    {"doctor", "runs", "comparison", "plots", "arviz", "board", "workers", "search_spaces"},
     {"segments", "sweeps"},
     {"cells"},
     {"standings"},
