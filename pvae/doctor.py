@@ -221,6 +221,7 @@ def _ignored(model: Any, guide: Any, x: Any, seed: int) -> Iterator[Finding]:
             name: by_datum(value, layout, name).index_select(1, order)
             .movedim(1, value.dim() - layout.event_dims[name] + layout.data_dim)
             for name, value in values.items()
+            if name in layout.event_dims
         }  # fmt: skip
         own = log_joint(model, batch, values, 4, layout)
         other = log_joint(model, batch, moved, 4, layout)
