@@ -1,4 +1,4 @@
-"""The command line: ``pvae train | sweep | evaluate | diagnose | compare | board | sample | list``.
+"""The command line: ``pvae train | evaluate | compare | …``, one function a command.
 
 It reads words, options and configuration files; :mod:`pvae.commands` does the work. A mistake of
 the user's is one line on standard error and an exit code that is not zero.
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pvae import __version__, catalogue, commands, runs, sweep_commands
+from pvae import __version__, catalogue, commands, doctor_command, runs, sweep_commands
 from pvae.errors import OptionError, PvaeError, did_you_mean
 
 __all__ = ["main"]
@@ -201,6 +201,11 @@ def _fill_diagnose(parser: _Parser) -> None:
     parser.add_argument(
         "--num-runs", type=_whole, metavar="N", default=2000, help="simulated data (2000)"
     )
+    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+
+
+def _fill_doctor(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
 
 
@@ -412,6 +417,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
         _parsed(commands.diagnose),
         _fill_diagnose,
         "say where the bound is lost, what the latents carry and whether the guide is calibrated",
+    ),
+    "doctor": (
+        _parsed(doctor_command.doctor),
+        _fill_doctor,
+        "say what went wrong in a training, and what to try",
     ),
     "compare": (
         _parsed(commands.compare),

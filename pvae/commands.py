@@ -33,6 +33,7 @@ __all__ = [
     "board",
     "choose_likelihood",
     "compare",
+    "data_for",
     "diagnose",
     "evaluate",
     "list_names",
@@ -250,7 +251,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """``pvae evaluate``: the log evidence of held-out data, written into the run folder."""
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
-    dataset = _data_for(config, arguments.data)
+    dataset = data_for(config, arguments.data)
     split = getattr(dataset, arguments.split)
     started = time.perf_counter()
     import torch
@@ -317,7 +318,7 @@ def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any,
     return found.shifted(split.log_det), curve
 
 
-def _data_for(config: dict[str, Any], other: str | None) -> Dataset:
+def data_for(config: dict[str, Any], other: str | None) -> Dataset:
     """The data of a run, or other data prepared alike."""
     known = config["data_facts"]
     dataset = load_data({**config, "data": config["data"] if other is None else other})
@@ -410,7 +411,7 @@ def diagnose(arguments: argparse.Namespace) -> None:
             )
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
-    dataset = _data_for(config, None)
+    dataset = data_for(config, None)
     rows = dataset.test.x[: arguments.num_data]
     say(f"{dataset.description()}; the first {len(rows)} of the test split")
     found, skipped = {}, {}
@@ -512,7 +513,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.size < 1:
         raise OptionError(f"--size must be at least 1, got {arguments.size}")
     config, run = runs.read_config(folder), runs.load(folder)
-    dataset = _data_for(config, None)
+    dataset = data_for(config, None)
     import torch
 
     example = torch.zeros(arguments.size, dataset.x_dim)

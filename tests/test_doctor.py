@@ -90,13 +90,13 @@ def test_a_row_that_is_not_finite_stops_the_training_and_is_placed():
 def test_a_learning_rate_of_ten_is_named_one_way_or_the_other():
     model, guide = pair()
     doctor = Doctor()
+    said = ""
     try:
         fit(model, guide, doctor=doctor, lr=10.0)
     except NonFiniteError as error:
-        assert "lower lr" in str(error)
-        return
+        said = str(error)
     told = doctor.findings + examine_pair(model, guide, HELD_OUT)
-    assert any("lower lr" in finding.remedy for finding in told)
+    assert "lower lr" in said or any("lower lr" in finding.remedy for finding in told)
 
 
 def test_a_kl_weight_that_never_reaches_one():
@@ -171,9 +171,11 @@ def test_k_hat_that_rises():
 def test_each_thing_is_said_once():
     doctor = Doctor()
     finding = examine_history(history([1.0] * 3, kl=0.0))
-    with pytest.warns(UserWarning, match="posterior collapse") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         doctor._tell(finding)
         doctor._tell(finding)
+    assert "posterior collapse" in str(caught[0].message)
     assert len(caught) == 1
     assert len(doctor.findings) == 1
     assert report(doctor.findings).startswith("1. posterior collapse\n   seen: ")

@@ -33,7 +33,7 @@ FLOORS = [
     {"standings"},
     {"roster"},
     {"commands"},
-    {"sweep_commands"},
+    {"doctor_command", "sweep_commands"},
     {"cli", "__main__"},
 ]
 
