@@ -1,4 +1,4 @@
-"""The command line: ``pvae train | evaluate | diagnose | compare | board | sample | list``.
+"""The command line: ``pvae train | evaluate | compare | …``, one function a command.
 
 It reads words, options and configuration files; :mod:`pvae.commands` does the work. A mistake of
 the user's is one line on standard error and an exit code that is not zero.
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pvae import __version__, catalogue, commands, runs
+from pvae import __version__, catalogue, commands, doctor_command, runs, sweep_commands
 from pvae.errors import OptionError, PvaeError, did_you_mean
 
 __all__ = ["main"]
@@ -77,7 +77,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            argument_default=argparse.SUPPRESS if name == "train" else None,
+            argument_default=argparse.SUPPRESS if name in ("train", "sweep") else None,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -138,6 +138,31 @@ def _fill_train(parser: _Parser) -> None:
     option("config", str, "FILE", "a YAML file with any of these options; the command line wins")
 
 
+def _fill_sweep(parser: _Parser) -> None:
+    _fill_train(parser)
+    parser.epilog = (
+        "What may vary, each as --search NAME=SPACE; every other option of train stays fixed:\n"
+        "  --search lr=log:1e-4..1e-2 --search 'optimizer=adam|adamax'\n"
+        "  --search model.z_dim=2..32 --search both.hidden=layers:1..3x32..256\n"
+        "  --search 'both.activation=silu|tanh|relu' --search 'guide=gaussian|flow'\n"
+        "The same command on the same --run-dir goes on with a sweep that was stopped."
+    )
+
+    def option(
+        name: str, kind: Callable[[str], Any], metavar: str, default: Any, text: str
+    ) -> None:
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, default=default, help=text)
+
+    parser.add_argument(
+        "--search", action="append", metavar="NAME=SPACE", default=[], help="what may vary"
+    )
+    option("trials", _whole, "N", 30, "configurations to try (30)")
+    option("jobs", _whole, "N", None, "trials at a time (one for each core)")
+    option("confirm", _whole, "N", 3, "seeds from which the best is trained again (3)")
+    option("storage", str, "URL", None, "a database for workers on many machines")
+    option("run-worker", str, "FOLDER", None, argparse.SUPPRESS)
+
+
 def _fill_evaluate(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument(
@@ -180,6 +205,11 @@ def _fill_diagnose(parser: _Parser) -> None:
     parser.add_argument(
         "--num-runs", type=_whole, metavar="N", default=2000, help="simulated data (2000)"
     )
+    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+
+
+def _fill_doctor(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
 
 
@@ -293,6 +323,20 @@ def _train(argv: Sequence[str], parser: _Parser) -> None:
     commands.train(config, programs, run_dir or in_file)
 
 
+def _sweep(argv: Sequence[str], parser: _Parser) -> None:
+    given, rest = _split_components(argv)
+    arguments = vars(_parse(parser, rest))
+    own = ("search", "trials", "jobs", "confirm", "storage", "run_worker")
+    asked = argparse.Namespace(**{name: arguments.pop(name) for name in own})
+    if asked.run_worker is not None:
+        sweep_commands.run_worker(Path(asked.run_worker))
+        return
+    asked.run_dir = arguments.pop("run_dir", None)
+    config, _ = _resolve(parser, arguments, given)
+    config.pop("run_dir", None)
+    sweep_commands.sweep(config, asked)
+
+
 def _resolve(
     parser: _Parser,
     arguments: dict[str, Any],
@@ -385,6 +429,7 @@ def _parsed(command: Callable[[argparse.Namespace], None]) -> Callable[..., None
 
 _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]] = {
     "train": (_train, _fill_train, "train a model and a guide on data"),
+    "sweep": (_sweep, _fill_sweep, "search structure and training options"),
     "evaluate": (
         _parsed(commands.evaluate),
         _fill_evaluate,
@@ -394,6 +439,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
         _parsed(commands.diagnose),
         _fill_diagnose,
         "say where the bound is lost, what the latents carry and whether the guide is calibrated",
+    ),
+    "doctor": (
+        _parsed(doctor_command.doctor),
+        _fill_doctor,
+        "say what went wrong in a training, and what to try",
     ),
     "compare": (
         _parsed(commands.compare),

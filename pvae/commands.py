@@ -28,18 +28,24 @@ if TYPE_CHECKING:
     from pvae.training import Run
 
 __all__ = [
+    "FIT",
     "Programs",
     "board",
+    "choose_likelihood",
     "compare",
+    "data_for",
     "diagnose",
     "evaluate",
     "list_names",
+    "load_data",
     "resume",
     "sample",
+    "say",
+    "threads",
     "train",
 ]
 
-_FIT = (
+FIT = (
     "epochs",
     "batch_size",
     "optimizer",
@@ -125,14 +131,12 @@ def train(config: dict[str, Any], programs: Programs, run_dir: str | None) -> No
     name = f"{programs.model.name}-{Path(str(config['data'])).stem}".replace("_", "-")
     final = Path(run_dir) if run_dir else runs.next_folder(name)
     with runs.begin(final), _resumable(final):
-        dataset = _load_data(config)
-        _say(dataset.description())
-        with _threads(dataset):
-            chosen = _choose_likelihood(config, programs, dataset)
+        dataset = load_data(config)
+        say(dataset.description())
+        with threads(dataset):
+            chosen = choose_likelihood(config, programs, dataset)
             if chosen is not None:
-                _say(
-                    f"likelihood {chosen}, for {dataset.kind} data (--model.likelihood changes it)"
-                )
+                say(f"likelihood {chosen}, for {dataset.kind} data (--model.likelihood changes it)")
             run = _fit(config, programs, dataset, final)
         _finish_train(config, run, dataset, final)
 
@@ -153,26 +157,26 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
 
     with locked(folder), _resumable(folder):
         before = runs.read_config(folder)
-        dataset = _load_data(config)
+        dataset = load_data(config)
         refuse_difference(
             {key: config[key] for key in runs.DEFAULTS},
             {key: before[key] for key in runs.DEFAULTS},
             str(folder),
             free=_FREE,
         )
-        _say(dataset.description())
+        say(dataset.description())
         done = len(runs.history(folder, torn=True))
-        with _threads(dataset):
+        with threads(dataset):
             run = _fit(config, programs, dataset, folder, before=before)
         _finish_train(config, run, dataset, folder)
     if len(run.history) == done:
-        _say(f"{folder} was finished already: a larger --epochs or --patience goes on with it")
+        say(f"{folder} was finished already: a larger --epochs or --patience goes on with it")
 
 
 def _finish_train(config: Mapping[str, Any], run: Run, dataset: Dataset, folder: Path) -> None:
-    _say(_fitted_in_words(config, run, dataset))
+    say(_fitted_in_words(config, run, dataset))
     runs.draw_figures(run, dataset, folder, name=config["model"])
-    _say(f"wrote {folder}; next: pvae evaluate {folder}")
+    say(f"wrote {folder}; next: pvae evaluate {folder}")
 
 
 @contextlib.contextmanager
@@ -204,6 +208,7 @@ def _fit(
     With ``before``, the configuration of a run in ``folder``, that run goes on.
     """
     from pvae.checkpoints import save_tensors
+    from pvae.doctor import Doctor
     from pvae.training import fit
 
     for component, offered in programs.offered.items():
@@ -232,7 +237,8 @@ def _fit(
             run_dir=folder,
             resume=resumed,
             progress=progress,
-            **{key: config[key] for key in _FIT},
+            trackers=[Doctor()] if progress else [],
+            **{key: config[key] for key in FIT},
         )
     except RunError:  # nothing has been trained
         if before is not None:
@@ -243,7 +249,7 @@ def _fit(
     return run
 
 
-def _load_data(config: dict[str, Any]) -> Dataset:
+def load_data(config: dict[str, Any]) -> Dataset:
     """The data set of a configuration, whose path becomes absolute."""
     from pvae.data import sources
 
@@ -269,7 +275,7 @@ def _warn_of_constants(dataset: Dataset) -> None:
         )
 
 
-def _choose_likelihood(config: dict[str, Any], programs: Programs, dataset: Dataset) -> str | None:
+def choose_likelihood(config: dict[str, Any], programs: Programs, dataset: Dataset) -> str | None:
     """The likelihood that fits the data, where the model lets it be chosen and the user did not."""
     offered = programs.offered["model"]
     action = offered.actions.get("likelihood") if offered is not None else None
@@ -298,7 +304,7 @@ def _fitted_in_words(config: Mapping[str, Any], run: Run, dataset: Dataset) -> s
 
 
 @contextlib.contextmanager
-def _threads(dataset: Dataset) -> Iterator[None]:
+def threads(dataset: Dataset) -> Iterator[None]:
     """One thread for small data, where several only wait for each other; OMP_NUM_THREADS wins."""
     if dataset.train.x.numel() > _SMALL or "OMP_NUM_THREADS" in os.environ:
         yield
@@ -323,7 +329,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """``pvae evaluate``: the log evidence of held-out data, written into the run folder."""
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
-    dataset = _data_for(config, arguments.data)
+    dataset = data_for(config, arguments.data)
     split = getattr(dataset, arguments.split)
     started = time.perf_counter()
     import torch
@@ -345,12 +351,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
         bounds = [bound + shift for bound in curve.bounds]
         about["curve"] = {"k": list(curve.sizes), "bound": bounds, "stderr": list(curve.stderr)}
     _write_evidence(run, dataset, split, evidence, about, folder)
-    _say(_evidence_in_words(about))
+    say(_evidence_in_words(about))
     if evidence.methods is not None:
         from pvae.evidence import escalation_report
 
-        _say(escalation_report(evidence))
-    _say(f"wrote {folder}: evidence.json, evidence.nc, figures/evidence.png")
+        say(escalation_report(evidence))
+    say(f"wrote {folder}: evidence.json, evidence.nc, figures/evidence.png")
 
 
 def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any, Any]:
@@ -390,10 +396,10 @@ def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any,
     return found.shifted(split.log_det), curve
 
 
-def _data_for(config: dict[str, Any], other: str | None) -> Dataset:
+def data_for(config: dict[str, Any], other: str | None) -> Dataset:
     """The data of a run, or other data prepared alike."""
     known = config["data_facts"]
-    dataset = _load_data({**config, "data": config["data"] if other is None else other})
+    dataset = load_data({**config, "data": config["data"] if other is None else other})
     if dataset.x_dim != known["x_dim"]:
         raise DataError(
             f"the run was trained on {known['x_dim']} features, {dataset.name} has "
@@ -483,23 +489,23 @@ def diagnose(arguments: argparse.Namespace) -> None:
             )
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
-    dataset = _data_for(config, None)
+    dataset = data_for(config, None)
     rows = dataset.test.x[: arguments.num_data]
-    _say(f"{dataset.description()}; the first {len(rows)} of the test split")
+    say(f"{dataset.description()}; the first {len(rows)} of the test split")
     found, skipped = {}, {}
-    with _threads(dataset):
+    with threads(dataset):
         for title, work in _diagnoses(run, rows, dataset, arguments).items():
             with _progress(title) as progress:
                 try:
                     found[title] = work(progress)
                 except ProgramError as error:
                     skipped[title] = str(error)
-            _say(f"\n{title}")
-            _say(skipped[title] if title in skipped else found[title].report())
+            say(f"\n{title}")
+            say(skipped[title] if title in skipped else found[title].report())
     if not found:
         raise ProgramError(next(iter(skipped.values())))
     _write_diagnosis(found, skipped, folder, dataset, arguments)
-    _say(f"\nwrote {folder}: diagnosis.json, tables as csv, figures")
+    say(f"\nwrote {folder}: diagnosis.json, tables as csv, figures")
 
 
 def _diagnoses(
@@ -585,14 +591,14 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.size < 1:
         raise OptionError(f"--size must be at least 1, got {arguments.size}")
     config, run = runs.read_config(folder), runs.load(folder)
-    dataset = _data_for(config, None)
+    dataset = data_for(config, None)
     import torch
 
     example = torch.zeros(arguments.size, dataset.x_dim)
     draws, _, _ = runs.generate(run.model, example, seed=arguments.seed)
     drawn = dataset.transform.inverse(draws)
     for path in _write_samples(drawn, dataset, target):
-        _say(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def _write_samples(drawn: Any, dataset: Dataset, target: Path) -> list[Path]:
@@ -636,16 +642,16 @@ def compare(arguments: argparse.Namespace) -> None:
     given = arguments.run_dir
     final = Path(given) if given else runs.next_folder(name)
     with runs.create(final) as aside:
-        dataset = _load_data(config)
-        _say(dataset.description())
-        with _threads(dataset):
+        dataset = load_data(config)
+        say(dataset.description())
+        with threads(dataset):
             if not arguments.runs:
                 config |= {"epochs": arguments.epochs, "seed": arguments.seed}
                 entries = _fit_roster(dataset, config, aside)
             board = _score(entries, dataset, arguments)
             _write_board(board, entries, dataset, aside, arguments.seed)
     _show(board)
-    _say(f"wrote {final}: board.csv, board.json, evidence.nc, figures")
+    say(f"wrote {final}: board.csv, board.json, evidence.nc, figures")
 
 
 def _given_runs(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -675,7 +681,7 @@ def _given_runs(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
 def _fit_roster(dataset: Dataset, config: dict[str, Any], folder: Path) -> dict[str, Entry]:
     def train_vae(config: dict[str, Any], folder: Path) -> Run:
         programs = Programs(config)
-        _choose_likelihood(config, programs, dataset)
+        choose_likelihood(config, programs, dataset)
         config["checkpoint_every"] = None  # the folder is built aside, and gone if it fails
         return _fit(config, programs, dataset, folder, progress=sys.stderr.isatty())
 
@@ -736,7 +742,7 @@ def _write_board(
 def _show(board: Board) -> None:
     """The board as a table on a terminal, as plain text elsewhere."""
     if not sys.stdout.isatty():
-        _say(str(board))
+        say(str(board))
         return
     from rich.console import Console
 
@@ -757,7 +763,7 @@ def board(arguments: argparse.Namespace) -> None:
         cells.compute(workers.read_configuration(), Path(arguments.run_cell))
         return
     if arguments.board is None:
-        _say(boards.describe())
+        say(boards.describe())
         return
     jobs = workers.num_cores() if arguments.jobs is None else arguments.jobs
     if jobs < 1:
@@ -819,8 +825,8 @@ def _write_standings(chosen: list[Cell], failed: Mapping[str, str], out: Path) -
     if any(table.num_data for table in tables):
         runs.save_figure(lambda: plots.standings(tables), out / "board.png")
     for table in tables:
-        _say(standings.as_text(table))
-    _say(f"wrote {out}: board.csv, board.md, board.png, cells")
+        say(standings.as_text(table))
+    say(f"wrote {out}: board.csv, board.md, board.png, cells")
 
 
 # --- list ----------------------------------------------------------------------------------------
@@ -847,15 +853,16 @@ def list_names(_: argparse.Namespace) -> None:
     }
     width = max(len(name) for section in sections.values() for name in section)
     for title, section in sections.items():
-        _say(f"{title}:")
+        say(f"{title}:")
         for name, line in section.items():
-            _say(f"  {name:<{width}}  {line.replace('``', '')}".rstrip())
+            say(f"  {name:<{width}}  {line.replace('``', '')}".rstrip())
 
 
 # --- words ---------------------------------------------------------------------------------------
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line on standard output, at once."""
     print(text, flush=True)
 
 

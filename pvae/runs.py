@@ -56,6 +56,7 @@ __all__ = [
     "statistics",
     "write_config",
     "write_json",
+    "write_yaml",
 ]
 
 Config = dict[str, Any]
@@ -251,15 +252,22 @@ def _loader(file: str) -> Any:
 
 def write_config(folder: Path, config: Mapping[str, Any], *, sources: bool = True) -> None:
     """Write ``config.yaml``, and copies of the user's own files under ``source/``."""
-    import yaml  # type: ignore[import-untyped]
-
     from pvae.checkpoints import write_aside
 
     for file in _user_files(config) if sources else []:
         (folder / "source").mkdir(exist_ok=True)
         write_aside(folder / "source" / file.name, file.read_bytes())
-    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-    write_aside(folder / "config.yaml", text.encode())
+    write_yaml(folder / "config.yaml", config)
+
+
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """A mapping as YAML, written whole or not at all."""
+    import yaml  # type: ignore[import-untyped]
+
+    from pvae.checkpoints import write_aside
+
+    text = yaml.safe_dump(_plain(content), sort_keys=False, allow_unicode=True)
+    write_aside(path, text.encode())
 
 
 def _user_files(config: Mapping[str, Any]) -> list[Path]:

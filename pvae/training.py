@@ -11,7 +11,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ from pvae.resumption import (
     unpack,
 )
 from pvae.schedules import Schedule
+from pvae.trackers import Tracker
 
 __all__ = ["Run", "fit", "lr_schedule"]
 
@@ -128,6 +129,7 @@ def fit(
     keep_checkpoints: int = 2,
     on_nan: str = "stop",
     progress: bool = True,
+    trackers: Sequence[Tracker] = (),
 ) -> Run:
     """Train a model and a guide together on data.
 
@@ -174,6 +176,7 @@ def fit(
             CPU, where each step is waited for): its rows count in no mean of the epoch, and their
             number is ``left_out`` in the history.
         progress: Show progress: a bar on a terminal, plain lines elsewhere.
+        trackers: Told of each epoch, see :mod:`pvae.trackers`.
 
     Returns:
         The run, its parameters those of the best validation bound (the last ones without valid).
@@ -233,7 +236,7 @@ def fit(
         run.num_parameters = sum(p.numel() for p in weights.values())
         loop = _Loop(
             run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
-            progress, on_nan=on_nan,
+            progress, trackers, on_nan=on_nan,
         )  # fmt: skip
         if folder is not None:
             stack.enter_context(_taken(folder))
@@ -274,6 +277,7 @@ class _Loop:
     rates: list[tuple[dict[str, Any], float]]
     factor: Schedule
     progress: bool
+    trackers: Sequence[Tracker] = ()
     place: Place = field(default_factory=Place)
     best_state: dict[str, Tensor] | None = None
     sums: Tensor | None = None
@@ -345,6 +349,8 @@ class _Loop:
                 "stopped": self.run.stopped,
             }
             save_tensors(self.run.run_dir / "checkpoints" / "best", self._state(), about)
+        for tracker in self.trackers:
+            tracker.finish(self.run)
 
     def _epochs(self, reporter: Reporter, log: Any) -> None:
         if self._ending() is None:
@@ -354,6 +360,8 @@ class _Loop:
                 self.step.restore(self.engine_state)
             if self.place.step:
                 self._set_lr(self.place.step - 1)
+        for tracker in self.trackers:
+            tracker.start(self.run)
         while self._ending() is None:
             row = self._epoch(reporter)
             self.run.history.append(row)
@@ -362,6 +370,8 @@ class _Loop:
                 log.flush()
             self._keep_best(row)
             reporter.epoch(row)
+            for tracker in self.trackers:
+                tracker.epoch(self.run, row)
             place = self.place
             place.epoch, place.batch = place.epoch + 1, 0
             place.epoch_seconds, place.left_out, self.sums = 0.0, 0, None

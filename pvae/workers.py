@@ -1,7 +1,7 @@
 """Pieces of work in processes of their own, several at a time.
 
-Each process is ``python -m pvae board --run-cell FOLDER`` and reads its configuration from standard
-input, which stays open while the parent lives: a process whose parent is gone ends itself.
+Each process is ``python -m pvae COMMAND FOLDER`` and reads its configuration from standard input,
+which stays open while the parent lives: a process whose parent is gone ends itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -50,7 +50,12 @@ class _Worker:
 
 
 def run_all(
-    work: Sequence[tuple[Path, Mapping[str, Any]]], *, jobs: int, started: Any = None
+    work: Sequence[tuple[Path, Mapping[str, Any]]],
+    *,
+    jobs: int,
+    command: Sequence[str] = ("board", "--run-cell"),
+    started: Any = None,
+    waited: Callable[[], None] | None = None,
 ) -> Iterator[Outcome]:
     """Do every piece of work, at most ``jobs`` at a time; outcomes come as they end.
 
@@ -59,6 +64,8 @@ def run_all(
     Args:
         work: The folder to write and the configuration of each.
         jobs: Processes at a time; the cores are shared among them.
+        command: Words of ``pvae`` that come before the folder.
+        waited: Called again and again while all processes are at work.
         started: Called with the index of a piece when its process starts.
     """
     waiting = list(enumerate(work))[::-1]
@@ -68,7 +75,7 @@ def run_all(
         while waiting or running:
             while waiting and len(running) < jobs:
                 index, (folder, config) = waiting.pop()
-                running.append(_start(index, folder, config, environment))
+                running.append(_start(index, folder, config, environment, command))
                 if started is not None:
                     started(index)
             ended = [worker for worker in running if worker.process.poll() is not None]
@@ -76,6 +83,8 @@ def run_all(
                 running.remove(worker)
                 yield _outcome(worker)
             if not ended:
+                if waited is not None:
+                    waited()
                 time.sleep(_POLL)
     finally:
         _end(running)
@@ -98,11 +107,15 @@ def num_cores() -> int:
 
 
 def _start(
-    index: int, folder: Path, config: Mapping[str, Any], environment: dict[str, str]
+    index: int,
+    folder: Path,
+    config: Mapping[str, Any],
+    environment: dict[str, str],
+    command: Sequence[str],
 ) -> _Worker:
     errors = tempfile.TemporaryFile()
     process = subprocess.Popen(
-        [sys.executable, "-m", "pvae", "board", "--run-cell", str(folder)],
+        [sys.executable, "-m", "pvae", *command, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=errors,
