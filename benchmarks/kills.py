@@ -146,8 +146,8 @@ def main() -> None:
             runs += 1
         print(json.dumps({
             "engine": engine_used(place / "whole"), "kills": len(ages), "runs": runs,
-            "identical": runs, "ages": sorted(set(ages)), "seconds": round(time.monotonic() - begun, 1),
-            "sha256": whole[0][:16],
+            "identical": runs, "ages": sorted(set(ages)),
+            "seconds": round(time.monotonic() - begun, 1), "sha256": whole[0][:16],
         }))  # fmt: skip
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -644,7 +644,7 @@ def _taken(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from None
-    with locked(folder):
+    with locked(folder, again=True):
         yield
 
 

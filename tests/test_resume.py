@@ -411,7 +411,7 @@ def test_a_folder_at_work_is_refused(tmp_path):
         except RunError as error:
             refused.append(error)
 
-    with locked(tmp_path), locked(tmp_path):  # the same thread may
+    with locked(tmp_path), locked(tmp_path, again=True):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
