@@ -34,6 +34,7 @@ FLOORS = [
     {"evidence", "baselines"},
     {"engine"},
     {"alternation", "resumption"},
+    {"loop"},
     {"training"},
     {"catalogue"},
     {"runs", "comparison", "plots", "arviz", "board", "workers"},

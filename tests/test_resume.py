@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pvae
-from pvae import checkpoints, training
+from pvae import checkpoints, loop, training
 from pvae.cli import main
 from pvae.engine import Auto
 from pvae.errors import NonFiniteError, OptionError, RunError
@@ -126,15 +126,15 @@ class Death(Exception):
 @contextlib.contextmanager
 def dying_after(step: int):
     """The training within dies after a step, when its checkpoint is written."""
-    heed = training._Loop._heed
+    heed = loop.Loop._heed
 
-    def dying(loop) -> None:
-        heed(loop)
-        if loop.place.step == step:
+    def dying(each) -> None:
+        heed(each)
+        if each.place.step == step:
             raise Death
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(training._Loop, "_heed", dying)
+        context.setattr(loop.Loop, "_heed", dying)
         with contextlib.suppress(Death):
             yield
             pytest.fail("it ended before its death")
@@ -169,14 +169,14 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(name, tmp_path, monkey
 def test_a_wrong_resume_is_caught(tmp_path, monkeypatch):
     """Without the optimiser's state, or a batch too far, the bytes are others."""
     whole = end(fitted(tmp_path / "whole", small_pair, engine="eager"))
-    unpack = training.unpack
+    unpack = loop.unpack
 
     def forgetful(saved, state, problems, folder):
         found = unpack(saved, state, problems, folder)
         problems["joint"].optimizer.state.clear()
         return found
 
-    place_of = training.Place.of
+    place_of = loop.Place.of
 
     def shifted(content):
         place = place_of(content)
@@ -189,7 +189,7 @@ def test_a_wrong_resume_is_caught(tmp_path, monkeypatch):
         folder = tmp_path / str(number)
         die_and_leave(folder)
         with monkeypatch.context() as context:
-            context.setattr(training, name, wrong)
+            context.setattr(loop, name, wrong)
             assert end(resumed(folder))[0] != whole[0]
 
 
@@ -250,7 +250,7 @@ def test_more_epochs_are_those_of_a_longer_run(tmp_path):
 def test_a_finished_run_takes_no_step(tmp_path, monkeypatch):
     run = fitted(tmp_path / "run", small_pair, engine="eager")
     before = end(run)
-    monkeypatch.setattr(training._Loop, "_step", None)
+    monkeypatch.setattr(loop.Loop, "_step", None)
     again = resumed(tmp_path / "run")
     assert end(again) == before
     assert again.engine == run.engine
@@ -291,6 +291,12 @@ def test_other_data_and_another_pair_are_refused(tmp_path):
     model = VAE(4, z_dim=2, hidden=(7,), likelihood="gaussian")
     with pytest.raises(RunError, match="parameters was"):
         pvae.fit(model, Gaussian(4, model.latents, hidden=(5,)), data(), **options)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    checkpoints.write_checkpoint(tmp_path / "checkpoints", 3, {"a": torch.zeros(1)}, {})
+    with pytest.raises(RunError, match="step-00000003 is no checkpoint of a training"):
+        resumed(tmp_path)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -340,14 +346,14 @@ def at_step(monkeypatch: pytest.MonkeyPatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arrange(step: int, action) -> None:
-        take = training._Loop._take
+        take = loop.Loop._take
 
-        def acting(loop, index):
-            if loop.place.step == step:
+        def acting(each, index):
+            if each.place.step == step:
                 action()
-            return take(loop, index)
+            return take(each, index)
 
-        monkeypatch.setattr(training._Loop, "_take", acting)
+        monkeypatch.setattr(loop.Loop, "_take", acting)
 
     yield arrange
     signal.signal(signal.SIGINT, before)
@@ -373,13 +379,13 @@ def test_a_signal_saves_after_the_step_at_hand(tmp_path, at_step, number, expect
 
 def test_a_signal_during_validation_saves_too(tmp_path, monkeypatch, at_step):
     whole = end(fitted(tmp_path / "whole", small_pair, engine="eager"))
-    validate = training._Loop._validate
+    validate = loop.Loop._validate
 
-    def signalled(loop):
+    def signalled(each):
         os.kill(os.getpid(), signal.SIGINT)
-        return validate(loop)
+        return validate(each)
 
-    monkeypatch.setattr(training._Loop, "_validate", signalled)
+    monkeypatch.setattr(loop.Loop, "_validate", signalled)
     with pytest.raises(KeyboardInterrupt):
         fitted(tmp_path / "run", small_pair, engine="eager", checkpoint_every="3 epochs")
     assert checkpoints.steps(tmp_path / "run/checkpoints")[-1].name == "step-00000004"
@@ -494,14 +500,14 @@ def test_the_command_line_resumes(tmp_path, monkeypatch, at_step, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *WORDS, "--run-dir", "whole"]) == 0
     with monkeypatch.context() as context:
-        take = training._Loop._take
+        take = loop.Loop._take
 
-        def signalled(loop, index):
-            if loop.place.step == 30:
+        def signalled(each, index):
+            if each.place.step == 30:
                 os.kill(os.getpid(), signal.SIGINT)
-            return take(loop, index)
+            return take(each, index)
 
-        context.setattr(training._Loop, "_take", signalled)
+        context.setattr(loop.Loop, "_take", signalled)
         assert main(["train", *WORDS, "--run-dir", "run"]) == 130
     errors = capsys.readouterr().err.splitlines()
     assert errors[-2] == "pvae: step-00000031 is saved; go on by: pvae train --resume run"
