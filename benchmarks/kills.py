@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import pvae
-from pvae import training
+from pvae import loop
 from pvae.checkpoints import newest, steps
 from pvae.guides.gaussian import Gaussian
 from pvae.models.vae import VAE
@@ -58,15 +58,15 @@ def start(
         return pid
     code = 1
     try:
-        heed: Callable[[Any], None] = training._Loop._heed
+        heed: Callable[[Any], None] = loop.Loop._heed
 
-        def told(loop: Any) -> None:
-            shared[:8] = struct.pack("q", loop.place.step)
-            if loop.place.step == last:
+        def told(each: Any) -> None:
+            shared[:8] = struct.pack("q", each.place.step)
+            if each.place.step == last:
                 os.kill(os.getpid(), signal.SIGKILL)
-            heed(loop)
+            heed(each)
 
-        training._Loop._heed = told  # type: ignore[method-assign]
+        loop.Loop._heed = told  # type: ignore[method-assign]
         train(folder, arguments)
         code = 0
     finally:
@@ -147,8 +147,7 @@ def main() -> None:
         print(json.dumps({
             "engine": engine_used(place / "whole"), "kills": len(ages), "runs": runs,
             "identical": runs, "ages": sorted(set(ages)),
-            "seconds": round(time.monotonic() - begun, 1),
-            "sha256": whole[0][:16],
+            "seconds": round(time.monotonic() - begun, 1), "sha256": whole[0][:16],
         }))  # fmt: skip
     finally:
         shutil.rmtree(place, ignore_errors=True)

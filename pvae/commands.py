@@ -62,7 +62,8 @@ FIT = (
     "keep_checkpoints",
     "on_nan",
 )
-_FREE = ("epochs", "patience", "checkpoint_every", "keep_checkpoints")  # of a run that is resumed
+# What may be different when a run is resumed; another device is a warning.
+_FREE = ("epochs", "patience", "checkpoint_every", "keep_checkpoints", "device")
 _LIKELIHOODS = {
     "binary": "bernoulli",
     "continuous": "gaussian",

@@ -16,24 +16,25 @@ _held: dict[Path, int] = {}  # folder -> the thread of this process that has it
 
 @contextlib.contextmanager
 def locked(
-    folder: Path, *, remedy: str = "wait for it, or choose another folder"
+    folder: Path, *, again: bool = False, remedy: str = "wait for it, or choose another folder"
 ) -> Iterator[None]:
     """The folder for this thread alone; the lock goes when the process does, however it ends.
 
-    A thread that has the folder may lock it again. Where there is no ``flock``, nothing keeps two
+    Where there is no ``flock``, nothing keeps two
     processes apart.
 
     Args:
         folder: It must exist; ``.lock`` is made in it.
+        again: A thread that has it already may have it.
         remedy: What to do if it is taken, in words.
 
     Raises:
-        RunError: Another process has it.
+        RunError: Another process or thread has it.
     """
     place, mine = folder.resolve(), threading.get_ident()
     taken = RunError(f"another process is at work in {folder}: {remedy}")
     if place in _held:
-        if _held[place] != mine:
+        if not again or _held[place] != mine:
             raise taken
         yield
         return

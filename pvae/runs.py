@@ -494,7 +494,9 @@ def _best(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     found = newest(root)
     assert found is not None
     where, (tensors, manifest) = found
-    place = manifest["place"]
+    place = manifest.get("place")
+    if not (isinstance(place, dict) and {"epoch", "best_epoch"} <= place.keys()):
+        raise RunError(f"{where} is no checkpoint of a training")
     reason = damage or f"{folder} was interrupted in epoch {place['epoch']}"
     warnings.warn(f"{reason}; the best parameters of {where.name} are used", stacklevel=3)
     kind = "best." if any(name.startswith("best.") for name in tensors) else "state."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pvae.errors import OptionError
 
 if TYPE_CHECKING:
-    from pvae.training import Run
+    from pvae.loop import Run
 
 __all__ = ["TensorBoard", "Tracker"]
 

@@ -34,6 +34,7 @@ FLOORS = [
     {"evidence", "baselines"},
     {"engine"},
     {"alternation", "resumption", "trackers"},
+    {"loop"},
     {"training"},
     {"catalogue"},
     {"doctor", "runs", "comparison", "plots", "arviz", "board", "workers", "search_spaces"},

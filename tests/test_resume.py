@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pvae
-from pvae import checkpoints, training
+from pvae import checkpoints, loop, training
 from pvae.cli import main
 from pvae.engine import Auto
 from pvae.errors import NonFiniteError, OptionError, RunError
@@ -84,7 +84,6 @@ def store_pair():
 
 CASES: dict[str, tuple] = {
     "eager": (small_pair, {"engine": "eager"}),
-    "staged": (small_pair, {"engine": "staged"}),
     "auto": (small_pair, {"engine": "auto"}),
     "sgd, linear, clipped": (
         small_pair,
@@ -92,7 +91,7 @@ CASES: dict[str, tuple] = {
          "clip_norm": 1.0, "engine": "eager"},
     ),
     "nadam": (small_pair, {"optimizer": "nadam", "engine": "eager"}),
-    "warm-up, staged": (small_pair, {"objective": pvae.beta_vae(Linear(9)), "engine": "staged"}),
+    "staged, warm-up": (small_pair, {"objective": pvae.beta_vae(Linear(9)), "engine": "staged"}),
     "dreg, cosine": (
         small_pair, {"objective": pvae.dreg(3), "lr_schedule": "cosine", "engine": "eager"}
     ),
@@ -126,15 +125,15 @@ class Death(Exception):
 @contextlib.contextmanager
 def dying_after(step: int):
     """The training within dies after a step, when its checkpoint is written."""
-    heed = training._Loop._heed
+    heed = loop.Loop._heed
 
-    def dying(loop) -> None:
-        heed(loop)
-        if loop.place.step == step:
+    def dying(each) -> None:
+        heed(each)
+        if each.place.step == step:
             raise Death
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(training._Loop, "_heed", dying)
+        context.setattr(loop.Loop, "_heed", dying)
         with contextlib.suppress(Death):
             yield
             pytest.fail("it ended before its death")
@@ -156,7 +155,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(name, tmp_path, monkey
     if name == "auto":  # stage, whatever the times say
         monkeypatch.setattr(Auto, "_staging_pays", -1.0)
     whole = end(fitted(tmp_path / "whole", make, **options))
-    deaths = (1, 6, 8, 15) if options["engine"] == "eager" else (2, 7)
+    deaths = (1, 6, 8, 15) if options["engine"] == "eager" else (2, 7)  # tracing takes long
     folder = tmp_path / "killed"
     for step in deaths:
         with dying_after(step):
@@ -169,14 +168,14 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(name, tmp_path, monkey
 def test_a_wrong_resume_is_caught(tmp_path, monkeypatch):
     """Without the optimiser's state, or a batch too far, the bytes are others."""
     whole = end(fitted(tmp_path / "whole", small_pair, engine="eager"))
-    unpack = training.unpack
+    unpack = loop.unpack
 
     def forgetful(saved, state, problems, folder):
         found = unpack(saved, state, problems, folder)
         problems["joint"].optimizer.state.clear()
         return found
 
-    place_of = training.Place.of
+    place_of = loop.Place.of
 
     def shifted(content):
         place = place_of(content)
@@ -189,7 +188,7 @@ def test_a_wrong_resume_is_caught(tmp_path, monkeypatch):
         folder = tmp_path / str(number)
         die_and_leave(folder)
         with monkeypatch.context() as context:
-            context.setattr(training, name, wrong)
+            context.setattr(loop, name, wrong)
             assert end(resumed(folder))[0] != whole[0]
 
 
@@ -204,7 +203,7 @@ def resumed(folder: Path, **options):
 
 def test_checkpoints_change_nothing(tmp_path):
     ends = [
-        end(fitted(tmp_path / str(k), small_pair, engine="staged", checkpoint_every=every))
+        end(fitted(tmp_path / str(k), small_pair, engine="eager", checkpoint_every=every))
         for k, every in enumerate([None, "1 step", "2 epochs", "0.0001 minutes"])
     ]
     assert all(each == ends[0] for each in ends)
@@ -250,7 +249,7 @@ def test_more_epochs_are_those_of_a_longer_run(tmp_path):
 def test_a_finished_run_takes_no_step(tmp_path, monkeypatch):
     run = fitted(tmp_path / "run", small_pair, engine="eager")
     before = end(run)
-    monkeypatch.setattr(training._Loop, "_step", None)
+    monkeypatch.setattr(loop.Loop, "_step", None)
     again = resumed(tmp_path / "run")
     assert end(again) == before
     assert again.engine == run.engine
@@ -291,6 +290,12 @@ def test_other_data_and_another_pair_are_refused(tmp_path):
     model = VAE(4, z_dim=2, hidden=(7,), likelihood="gaussian")
     with pytest.raises(RunError, match="parameters was"):
         pvae.fit(model, Gaussian(4, model.latents, hidden=(5,)), data(), **options)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    checkpoints.write_checkpoint(tmp_path / "checkpoints", 3, {"a": torch.zeros(1)}, {})
+    with pytest.raises(RunError, match="step-00000003 is no checkpoint of a training"):
+        resumed(tmp_path)
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -340,14 +345,14 @@ def at_step(monkeypatch: pytest.MonkeyPatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arrange(step: int, action) -> None:
-        take = training._Loop._take
+        take = loop.Loop._take
 
-        def acting(loop, index):
-            if loop.place.step == step:
+        def acting(each, index):
+            if each.place.step == step:
                 action()
-            return take(loop, index)
+            return take(each, index)
 
-        monkeypatch.setattr(training._Loop, "_take", acting)
+        monkeypatch.setattr(loop.Loop, "_take", acting)
 
     yield arrange
     signal.signal(signal.SIGINT, before)
@@ -373,13 +378,13 @@ def test_a_signal_saves_after_the_step_at_hand(tmp_path, at_step, number, expect
 
 def test_a_signal_during_validation_saves_too(tmp_path, monkeypatch, at_step):
     whole = end(fitted(tmp_path / "whole", small_pair, engine="eager"))
-    validate = training._Loop._validate
+    validate = loop.Loop._validate
 
-    def signalled(loop):
+    def signalled(each):
         os.kill(os.getpid(), signal.SIGINT)
-        return validate(loop)
+        return validate(each)
 
-    monkeypatch.setattr(training._Loop, "_validate", signalled)
+    monkeypatch.setattr(loop.Loop, "_validate", signalled)
     with pytest.raises(KeyboardInterrupt):
         fitted(tmp_path / "run", small_pair, engine="eager", checkpoint_every="3 epochs")
     assert checkpoints.steps(tmp_path / "run/checkpoints")[-1].name == "step-00000004"
@@ -411,7 +416,7 @@ def test_a_folder_at_work_is_refused(tmp_path):
         except RunError as error:
             refused.append(error)
 
-    with locked(tmp_path), locked(tmp_path):  # the same thread may
+    with locked(tmp_path), locked(tmp_path, again=True):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -494,14 +499,14 @@ def test_the_command_line_resumes(tmp_path, monkeypatch, at_step, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *WORDS, "--run-dir", "whole"]) == 0
     with monkeypatch.context() as context:
-        take = training._Loop._take
+        take = loop.Loop._take
 
-        def signalled(loop, index):
-            if loop.place.step == 30:
+        def signalled(each, index):
+            if each.place.step == 30:
                 os.kill(os.getpid(), signal.SIGINT)
-            return take(loop, index)
+            return take(each, index)
 
-        context.setattr(training._Loop, "_take", signalled)
+        context.setattr(loop.Loop, "_take", signalled)
         assert main(["train", *WORDS, "--run-dir", "run"]) == 130
     errors = capsys.readouterr().err.splitlines()
     assert errors[-2] == "pvae: step-00000031 is saved; go on by: pvae train --resume run"

@@ -1,0 +1,409 @@
+"""The epochs of a training: steps, validation, the best parameters, checkpoints, interruptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.alternation import Alternate, Turns
+from pvae.checkpoints import Saved, newest, save_tensors, set_aside, steps, write_aside
+from pvae.data import num_rows, take
+from pvae.engine import METRICS, Problem, Step, metrics, mix, stage
+from pvae.errors import NonFiniteError, OptionError, RunError
+from pvae.evidence.importance import evaluation
+from pvae.interrupts import Interrupts, leave
+from pvae.objectives import Objective, PyroObjective
+from pvae.particles import named_tensors
+from pvae.progress import Reporter
+from pvae.resumption import Place, Saver, pack, refuse_difference, unpack
+from pvae.schedules import Schedule
+from pvae.trackers import Tracker
+
+__all__ = ["Loop", "Run", "unwritable"]
+
+_EVALUATION_BATCH = 1024
+
+
+@dataclass
+class Run:
+    """What :func:`fit` leaves: the trained pair and how it got there.
+
+    Attributes:
+        model: The generative program; its parameters are the best of the run.
+        guide: The inference program, likewise.
+        objective: What was maximised.
+        history: One dict per epoch: bound, elbo, reconstruction, kl (train and valid_*) in nats per
+            datum, beta, lr, seconds (without tracing and compiling), steps_per_second; with
+            ``alternate`` also e_steps, m_steps and joint_steps.
+        best_epoch: The epoch whose parameters were kept.
+        num_parameters: Number of trained numbers.
+        seconds: Time of the training.
+        device: Where it ran.
+        engine: What took the steps, with the reason.
+        staging_seconds: Time it took to trace and compile the step, part of ``seconds``.
+        run_dir: Its folder, if it has one.
+        stopped: Why it ended: ``"epochs"`` or ``"patience"``; ``"interrupted"`` for a run that was
+            loaded before its end.
+    """
+
+    model: Any
+    guide: Any
+    objective: Objective | PyroObjective
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    num_parameters: int = 0
+    seconds: float = 0.0
+    device: str = "cpu"
+    engine: str = "eager"
+    staging_seconds: float = 0.0
+    run_dir: Path | None = None
+    stopped: str = "epochs"
+
+
+@dataclass
+class Loop:
+    """The epochs of one call of :func:`fit`."""
+
+    run: Run
+    problems: Mapping[str, Problem]
+    plan: Alternate | None
+    engine: str
+    valid: Any
+    batch_size: int
+    epochs: int
+    patience: int | None
+    rates: list[tuple[dict[str, Any], float]]
+    factor: Schedule
+    progress: bool
+    trackers: Sequence[Tracker] = ()
+    place: Place = field(default_factory=Place)
+    best_state: dict[str, Tensor] | None = None
+    sums: Tensor | None = None
+    engine_state: Mapping[str, Any] = field(default_factory=dict)
+    saver: Saver | None = None
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    on_nan: str = "stop"
+    has_warned: bool = False
+    step: Step = field(init=False)
+    begun: float = 0.0  # when the training would have begun, had it never stopped
+    staged_before: float = 0.0  # seconds of tracing and compiling in earlier processes
+    epoch_started: float = 0.0
+    epoch_staging: float = 0.0
+
+    @property
+    def problem(self) -> Problem:
+        """The whole, whichever half moves."""
+        return self.problems["joint"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of the training data."""
+        return math.ceil(self.problem.num_data / self.batch_size)
+
+    def resume(self, root: Path, facts: Mapping[str, Any]) -> None:
+        """Go on from the newest good checkpoint, if there is one.
+
+        Raises:
+            RunError: It is of another configuration or pair, or all of them are damaged.
+        """
+        found = newest(root)
+        if found is None:
+            return
+        folder, saved = found
+        try:
+            self._put_back(folder, saved, facts)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise RunError(f"{folder} is no checkpoint of a training") from None
+        if self.epochs < self.place.epoch - 1:
+            raise RunError(
+                f"{self.run.run_dir} has done {self.place.epoch - 1} epochs already: epochs must "
+                f"be at least that, got {self.epochs}"
+            )
+        for later in steps(root)[::-1]:
+            if later == folder:
+                break
+            set_aside(later)  # damaged
+
+    def _put_back(self, folder: Path, saved: Saved, facts: Mapping[str, Any]) -> None:
+        about = saved[1]
+        refuse_difference(facts["configuration"], about["configuration"], str(self.run.run_dir))
+        _compare_environments(facts["environment"], about["environment"])
+        self.best_state, self.sums = unpack(saved, self._state(), self.problems, folder)
+        self.place, self.engine_state = Place.of(about["place"]), about["engine"]
+        self.run.history = list(about["history"])
+        self.run.best_epoch = self.place.best_epoch
+
+    def run_all(self, started: float) -> None:
+        """Train to the end, from where the loop stands; the pair is left with the best parameters.
+
+        Args:
+            started: When this process began, by ``time.perf_counter``.
+        """
+        self.begun = started - self.place.seconds
+        log = _open_metrics(self.run.run_dir, self.run.history)
+        try:
+            with Reporter(
+                self.epochs, self.steps_per_epoch, enabled=self.progress, done=self.place.step
+            ) as reporter:
+                self._epochs(reporter, log)
+        finally:
+            if log is not None:
+                log.close()
+            self._restore()
+            self.run.seconds, self.run.engine = self.place.seconds, self.place.engine
+            self.run.staging_seconds = self.place.staging_seconds
+        if self.run.run_dir is not None:
+            about = {
+                "epoch": self.run.best_epoch,
+                "step": self.place.step,
+                "stopped": self.run.stopped,
+            }
+            save_tensors(self.run.run_dir / "checkpoints" / "best", self._state(), about)
+        for tracker in self.trackers:
+            tracker.finish(self.run)
+
+    def _epochs(self, reporter: Reporter, log: Any) -> None:
+        if self._ending() is None:
+            self.step = self._step(reporter)
+            self.staged_before = self.place.staging_seconds
+            if self.engine_state:
+                self.step.restore(self.engine_state)
+            if self.place.step:
+                self._set_lr(self.place.step - 1)
+        for tracker in self.trackers:
+            tracker.start(self.run)
+        while self._ending() is None:
+            row = self._epoch(reporter)
+            self.run.history.append(row)
+            if log is not None:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            self._keep_best(row)
+            reporter.epoch(row)
+            for tracker in self.trackers:
+                tracker.epoch(self.run, row)
+            place = self.place
+            place.epoch, place.batch = place.epoch + 1, 0
+            place.epoch_seconds, place.left_out, self.sums = 0.0, 0, None
+            self._note_time()
+            if self._ending() is None:
+                self._heed()
+        if hasattr(self, "step"):
+            self.step.finish()
+            self._save()
+        self.run.stopped = self._ending() or "epochs"
+
+    def _note_time(self) -> None:
+        self.place.seconds = time.perf_counter() - self.begun
+        self.place.staging_seconds = self.staged_before + self.step.seconds
+        self.place.engine = f"{self.step.name} ({self.step.reason})"
+
+    def _heed(self) -> None:
+        """Between two steps: a checkpoint if it is time for one, and what a signal asks for."""
+        number = self.interrupts.number
+        if self.saver is not None and (number is not None or self.saver.is_due(self.place)):
+            self._save()
+        if number is not None:
+            leave(number, f"interrupted after step {self.place.step}")
+
+    def _save(self) -> None:
+        if self.saver is None:
+            return
+        self.step.finish()
+        self._note_time()
+        seconds = self._epoch_seconds() if self.place.batch else 0.0
+        place = dataclasses.replace(self.place, epoch_seconds=seconds)
+        sums = self._no_sums() if self.sums is None else self.sums
+        saved = pack(self._state(), self.best_state, self.problems, sums)
+        self.saver.save(place, saved, self.run.history, self.step.state())
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(len(METRICS), dtype=torch.float64, device=self.problem.device)
+
+    def _ending(self) -> str | None:
+        """Why the training is over, if it is."""
+        done = self.place.epoch - 1
+        if self.place.batch:
+            return None
+        if self.patience is not None and done - self.place.best_epoch >= self.patience:
+            return "patience"
+        return "epochs" if done >= self.epochs else None
+
+    def _step(self, reporter: Reporter) -> Step:
+        example = torch.arange(
+            min(self.batch_size, self.problem.num_data), device=self.problem.device
+        )
+        total = self.epochs * self.steps_per_epoch
+        if self.plan is None:
+            return stage(self.engine, self.problem, example, total, reporter.say)
+
+        def make(problem: Problem, steps: int, phase: str) -> Step:
+            return stage(
+                self.engine, problem, example, steps, lambda text: reporter.say(f"{phase}: {text}")
+            )
+
+        return Turns(self.plan, self.problems, make, total)
+
+    def _epoch(self, reporter: Reporter) -> dict[str, float]:
+        place, total = self.place, self.problem.num_data
+        self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
+        self.sums = self._no_sums() if self.sums is None else self.sums
+        for index in itertools.islice(self._batches(place.epoch), place.batch, None):
+            found = self._take(index)
+            self.sums += found
+            place.step, place.batch = place.step + 1, place.batch + 1
+            reporter.step(found, len(index))
+            if place.batch < self.steps_per_epoch:
+                self._heed()
+        seconds = place.epoch_seconds = self._epoch_seconds()
+        self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
+        row: dict[str, float] = {"epoch": place.epoch, "step": place.step}
+        means = (self.sums / max(total - place.left_out, 1)).tolist()
+        row |= _known(zip(METRICS, means, strict=True))
+        row["beta"] = float(self.problem.objective.schedule(place.step - 1))
+        row["lr"] = float(self.problem.optimizer.param_groups[0]["lr"])
+        row |= {"seconds": seconds, "steps_per_second": self.steps_per_epoch / max(seconds, 1e-9)}
+        if place.left_out:
+            row["left_out"] = place.left_out
+        self._check_finite(row)
+        if self.valid is not None:
+            row |= {f"valid_{name}": value for name, value in self._validate().items()}
+        if isinstance(self.step, Turns):
+            row |= self.step.end_epoch(row)
+        return row
+
+    def _take(self, index: Tensor) -> Tensor:
+        """One step, or nothing where it is not finite and may be left out."""
+        place = self.place
+        self._set_lr(place.step)
+        try:
+            beta = float(self.problem.objective.schedule(place.step))
+            return self.step(index, place.step, beta)
+        except NonFiniteError as error:
+            if self.on_nan == "stop":
+                raise NonFiniteError(f"epoch {place.epoch}, {error}") from None
+            if not self.has_warned:
+                warnings.warn(f"left out: epoch {place.epoch}, {error}", UserWarning, stacklevel=2)
+            self.has_warned = True
+            place.left_out += len(index)
+            return torch.zeros(len(METRICS), device=self.problem.device)
+
+    def _epoch_seconds(self) -> float:
+        """Time of the epoch at hand, without tracing and compiling."""
+        staging = self.step.seconds - self.epoch_staging
+        return self.place.epoch_seconds + time.perf_counter() - self.epoch_started - staging
+
+    def _batches(self, epoch: int) -> Iterator[Tensor]:
+        """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
+        generator = torch.Generator().manual_seed(mix(self.problem.seed, -2, epoch))
+        order = torch.randperm(self.problem.num_data, generator=generator)
+        yield from torch.split(order.to(self.problem.device), self.batch_size)
+
+    def _set_lr(self, step: int) -> None:
+        factor = self.factor(step)
+        for group, rate in self.rates:
+            group["lr"] = rate * factor
+
+    def _check_finite(self, row: Mapping[str, float]) -> None:
+        """The guard of devices whose steps are not waited for: once an epoch."""
+        if not math.isfinite(row["bound"]):
+            raise NonFiniteError(
+                f"epoch {row['epoch']}: the bound is not finite; the parameters are those of epoch "
+                f"{self.run.best_epoch}: lower lr or clip the gradient (clip_norm)"
+            )
+
+    def _validate(self) -> dict[str, float]:
+        """The bound of the held-out data at KL weight one, with the same noise each epoch."""
+        problem = self.problem
+        sums, total = torch.zeros(len(METRICS), dtype=torch.float64), num_rows(self.valid)
+        seed = mix(problem.seed, -3)
+        with evaluation(problem.model, problem.guide, seed=seed, device=problem.device):
+            rows = torch.arange(total, device=problem.device)
+            for index in torch.split(rows, _EVALUATION_BATCH):
+                if self.interrupts.number is not None:
+                    self._heed()
+                loss = problem.objective.evaluate(
+                    problem.model,
+                    problem.guide,
+                    take(self.valid, index),
+                    layout=problem.layout,  # type: ignore[arg-type]
+                    num_data=problem.num_data,
+                )
+                sums += metrics(loss).double().cpu()
+        return _known(zip(METRICS, (sums / total).tolist(), strict=True))
+
+    def _keep_best(self, row: Mapping[str, float]) -> None:
+        place = self.place
+        if self.valid is None:
+            place.best_epoch = place.epoch
+        elif row["valid_bound"] > (-math.inf if place.best is None else place.best):
+            place.best, place.best_epoch = row["valid_bound"], place.epoch
+            self.best_state = {name: t.detach().clone() for name, t in self._state().items()}
+        self.run.best_epoch = place.best_epoch
+
+    def _state(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the pair, by name, each tensor once."""
+        state = named_tensors(self.run.model, self.run.guide)
+        seen = {id(tensor) for tensor in state.values()}
+        stored = self.problem.parameters.items()
+        return state | {name: tensor for name, tensor in stored if id(tensor) not in seen}
+
+    def _restore(self) -> None:
+        if self.best_state is not None:
+            with torch.no_grad():
+                for name, tensor in self._state().items():
+                    tensor.copy_(self.best_state[name])
+
+
+def _known(pairs: Any) -> dict[str, float]:
+    """Without the entries that Pyro's own ELBOs do not tell apart."""
+    return {
+        name: value for name, value in pairs if name in ("bound", "elbo") or not math.isnan(value)
+    }
+
+
+def unwritable(folder: Path, error: OSError) -> OptionError:
+    """That a run folder cannot be made."""
+    return OptionError(
+        f"run_dir {folder} cannot be written ({error.strerror}): choose another folder"
+    )
+
+
+def _open_metrics(run_dir: Path | None, history: list[dict[str, float]]) -> Any:
+    """``metrics.jsonl``, with the epochs that were done and no half line."""
+    if run_dir is None:
+        return None
+    path = run_dir / "metrics.jsonl"
+    if history:
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in history).encode())
+        return path.open("a")
+    try:
+        return path.open("w")
+    except OSError as error:
+        raise unwritable(run_dir, error) from None
+
+
+def _compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    changed = [
+        f"{key} was {before.get(key)} and is {now[key]}"
+        for key in now
+        if now[key] != before.get(key)
+    ]
+    if changed:
+        warnings.warn(
+            f"the run goes on elsewhere than it began ({'; '.join(changed)}): its last digits may "
+            "differ from those of a run that was never interrupted",
+            UserWarning,
+            stacklevel=3,
+        )
