@@ -403,8 +403,8 @@ def _type_name(hint: Any) -> str:
 
 
 def objectives() -> dict[str, Callable[..., Any]]:
-    """Name -> recipe: the functions of ``pvae.objectives`` that return an Objective."""
-    module = importlib.import_module("pvae.objectives")
+    """Name -> recipe: the functions of ``pvae.recipes`` that return an Objective."""
+    module = importlib.import_module("pvae.recipes")
     return {
         name: value
         for name, value in vars(module).items()

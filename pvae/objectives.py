@@ -17,19 +17,9 @@ from pyro.params import param_with_module_name
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from pvae.bounds import RenyiBound, elbo, iw_elbo
+from pvae.bounds import RenyiBound, check_bound, elbo
 from pvae.errors import ObjectiveError
-from pvae.gradients import (
-    Gradient,
-    Terms,
-    WakeSleep,
-    doubly_reparameterized,
-    guide_held,
-    pathwise,
-    sleep_phi,
-    stick_the_landing,
-    wake_phi,
-)
+from pvae.gradients import Gradient, Terms, pathwise, stick_the_landing
 from pvae.particles import (
     Layout,
     Particles,
@@ -43,20 +33,7 @@ from pvae.particles import (
 )
 from pvae.schedules import Schedule, as_schedule, free_bits
 
-__all__ = [
-    "Loss",
-    "Objective",
-    "PyroObjective",
-    "as_objective",
-    "beta_vae",
-    "dreg",
-    "iwae",
-    "mcem",
-    "rws",
-    "stl",
-    "vae",
-    "wake_sleep",
-]
+__all__ = ["Loss", "Objective", "PyroObjective", "as_objective"]
 
 
 @dataclass(frozen=True)
@@ -116,13 +93,9 @@ class Objective:
             raise ObjectiveError(f"num_particles must be at least 1, got {self.num_particles}")
         if not callable(self.beta) and self.beta < 0:
             raise ObjectiveError(f"beta must not be negative, got {self.beta}")
-        if getattr(self.bound, "is_upper", False):
-            raise ObjectiveError(
-                f"{self.bound!r} is an upper bound, and raising it does not raise the evidence: "
-                "train with elbo, iw_elbo or renyi(alpha >= 0) and evaluate it afterwards"
-            )
+        check_bound(self.bound, self.num_particles)
         self.gradient.check(self.bound, self.num_particles)
-        if isinstance(self.gradient, WakeSleep) and self.beta != 1:
+        if not self.gradient.tempers and self.beta != 1:
             raise ObjectiveError(
                 f"{self.gradient!r} follows the posterior of the model as it is, got beta="
                 f"{self.beta!r}: leave beta at 1, or use gradient=score_function"
@@ -168,10 +141,10 @@ class Objective:
                 f"site {name!r} is shared by all data, and {self.gradient!r} rewards each datum on "
                 "its own: use gradient=pathwise, or mixed where only local sites are discrete"
             )
-        if isinstance(self.gradient, WakeSleep) and self.gradient.dreams:
+        if self.gradient.dreams:
             check_dreams(model, batch)
         module = module_of(guide)
-        if self.needs_score and len(layout.event_dims) > 1 and module is not None:
+        if self.gradient.rescores and len(layout.event_dims) > 1 and module is not None:
             for name, part in module.named_modules():
                 if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p > 0:
                     raise ObjectiveError(
@@ -179,11 +152,6 @@ class Objective:
                         f"({name!r}) would differ between the two: use gradient=pathwise"
                     )
         return layout
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether the guide is weighed a second time with its draws held fixed."""
-        return self.gradient in (stick_the_landing, doubly_reparameterized)
 
     def evaluate(
         self,
@@ -209,7 +177,7 @@ class Objective:
         particles = self.gradient.draw(
             model, guide, batch, self.num_particles, layout=layout, **options
         )
-        weighs = not self.additive or isinstance(self.gradient, WakeSleep)
+        weighs = not self.additive or self.gradient.weighs
         if particles.relative_scale and weighs:
             role, site = next(iter(particles.relative_scale))
             raise ObjectiveError(
@@ -427,45 +395,3 @@ def as_objective(objective: Any) -> Objective | PyroObjective:
         f"objective must be a pvae.Objective or a pyro.infer ELBO, got {objective!r}: try "
         "pvae.vae()"
     )
-
-
-def vae(num_particles: int = 1, **options: Any) -> Objective:
-    """The ELBO with the pathwise gradient (Kingma & Welling 2014)."""
-    return Objective(num_particles=num_particles, **options)
-
-
-def beta_vae(beta: float | Schedule = 4.0, num_particles: int = 1, **options: Any) -> Objective:
-    """The ELBO with its KL weighted by ``beta`` (Higgins et al. 2017)."""
-    return Objective(beta=beta, num_particles=num_particles, **options)
-
-
-def iwae(num_particles: int = 50, **options: Any) -> Objective:
-    """The importance-weighted ELBO with the pathwise gradient (Burda et al. 2016)."""
-    return Objective(bound=iw_elbo, num_particles=num_particles, **options)
-
-
-def dreg(num_particles: int = 50, **options: Any) -> Objective:
-    """The IW-ELBO with the doubly reparameterised gradient (Tucker et al. 2019)."""
-    return Objective(
-        bound=iw_elbo, gradient=doubly_reparameterized, num_particles=num_particles, **options
-    )
-
-
-def stl(num_particles: int = 1, **options: Any) -> Objective:
-    """The ELBO with the stick-the-landing gradient (Roeder et al. 2017)."""
-    return Objective(gradient=stick_the_landing, num_particles=num_particles, **options)
-
-
-def wake_sleep(num_particles: int = 1, **options: Any) -> Objective:
-    """Wake-sleep: the model by the ELBO, the guide on dreams (Hinton et al. 1995)."""
-    return Objective(gradient=sleep_phi, num_particles=num_particles, **options)
-
-
-def rws(num_particles: int = 10, gradient: Gradient = wake_phi, **options: Any) -> Objective:
-    """Reweighted wake-sleep: IW-ELBO, guide by its weights (Bornschein & Bengio 2015)."""
-    return Objective(bound=iw_elbo, gradient=gradient, num_particles=num_particles, **options)
-
-
-def mcem(num_particles: int = 10, gradient: Gradient = guide_held, **options: Any) -> Objective:
-    """Monte-Carlo EM: the model on weighed draws of a guide that is held (Wei & Tanner 1990)."""
-    return Objective(bound=iw_elbo, gradient=gradient, num_particles=num_particles, **options)

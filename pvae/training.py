@@ -32,10 +32,11 @@ from pvae.engine import (
 )
 from pvae.errors import NonFiniteError, OptionError, ProgramError, did_you_mean
 from pvae.evidence.importance import evaluation
-from pvae.objectives import Objective, PyroObjective, as_objective, vae
+from pvae.objectives import Objective, PyroObjective, as_objective
 from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
 from pvae.precision import precision_context
 from pvae.progress import Reporter
+from pvae.recipes import vae
 from pvae.schedules import Schedule
 
 __all__ = ["Run", "fit", "lr_schedule"]

@@ -79,7 +79,9 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("vae", "gaussian", "dreg", "mnist-static", "kernel-density", "adamw"):
         assert f"\n  {name} " in page
     plain = {"vae", "beta_vae", "iwae", "dreg", "stl"}
-    assert catalogue.objectives().keys() == plain | {"wake_sleep", "rws", "mcem"}
+    assert catalogue.objectives().keys() == plain | {
+        "wake_sleep", "rws", "mcem", "vimco", "renyi_vae", "miwae", "piwae", "ciwae", "tvo", "chivi"
+    }  # fmt: skip
 
 
 def test_broken_pipe_is_quiet() -> None:

@@ -22,6 +22,7 @@ FLOORS = [
     {"bounds"},
     {"gradients", "schedules"},
     {"objectives", "data"},
+    {"recipes"},
     {"evidence", "baselines"},
     {"engine"},
     {"alternation"},
