@@ -28,7 +28,6 @@ __all__ = [
     "RenyiBound",
     "SmoothBound",
     "ThermodynamicBound",
-    "check_bound",
     "ciwae",
     "cubo",
     "elbo",

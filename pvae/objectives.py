@@ -20,18 +20,21 @@ from torch import Tensor
 from pvae.bounds import RenyiBound, check_bound, elbo
 from pvae.errors import ObjectiveError
 from pvae.gradients import Gradient, Terms, pathwise, stick_the_landing
+from pvae.kl_terms import FreeBits, KLTerm
 from pvae.particles import (
     Layout,
     Particles,
     arguments,
     check_dreams,
+    glance,
     inspect,
     leading_size,
     module_of,
     plate_scale,
     sum_terms,
 )
-from pvae.schedules import Schedule, as_schedule, free_bits
+from pvae.penalties import Penalty
+from pvae.schedules import Schedule, as_schedule
 
 __all__ = ["Loss", "Objective", "PyroObjective", "as_objective"]
 
@@ -41,7 +44,8 @@ class Loss:
     """One evaluation of an objective on a batch.
 
     Attributes:
-        loss: ``()``, minus the mean bound per datum; differentiate this.
+        loss: ``()``, minus the mean bound per datum, and the penalty if there is one;
+            differentiate this.
         bound: ``(B,)`` the quoted bound at the current KL weight, nats per datum.
         elbo: ``(B,)`` the ELBO at KL weight one.
         reconstruction: ``(B,)`` mean over particles of ``log p(x|z)``.
@@ -70,6 +74,8 @@ class Objective:
         num_particles: K.
         beta: Weight of the KL, a number or a schedule ``step -> weight``.
         free_bits: Nats below which a latent site's KL costs nothing (ELBO only).
+        kl_term: What the KL costs instead of ``beta * KL`` (ELBO only); see :mod:`pvae.kl_terms`.
+        penalty: Added to the loss, not to the quoted bound; see :mod:`pvae.penalties`.
         analytic_kl: Use the closed form of each site's KL where Pyro knows it (ELBO only).
         data_plate: Name of the plate that indexes the data, where several could.
         vectorize: Run all particles at once.
@@ -83,6 +89,8 @@ class Objective:
     num_particles: int = 1
     beta: float | Schedule = 1.0
     free_bits: float = 0.0
+    kl_term: KLTerm | None = None
+    penalty: Penalty | None = None
     analytic_kl: bool = False
     data_plate: str | None = None
     vectorize: bool = True
@@ -100,17 +108,41 @@ class Objective:
                 f"{self.gradient!r} follows the posterior of the model as it is, got beta="
                 f"{self.beta!r}: leave beta at 1, or use gradient=score_function"
             )
-        plain = self.additive and self.gradient in (pathwise, stick_the_landing)
-        if self.free_bits and not plain:
-            raise ObjectiveError(
-                "free_bits holds for bound=elbo with gradient=pathwise or stick_the_landing, got "
-                f"{self.bound!r} with {self.gradient!r}"
-            )
+        self._check_terms()
         if self.analytic_kl and not (self.additive and self.gradient == pathwise):
             raise ObjectiveError(
                 "analytic_kl holds for bound=elbo with gradient=pathwise, got "
                 f"{self.bound!r} with {self.gradient!r}: use analytic_kl=False"
             )
+
+    def _check_terms(self) -> None:
+        """Terms of the KL and penalties want the ELBO, or draws that can be differentiated."""
+        plain = self.additive and self.gradient in (pathwise, stick_the_landing)
+        if self.free_bits and self.kl_term is not None:
+            raise ObjectiveError(
+                f"free_bits is a kl_term of its own, got kl_term={self.kl_term!r} as well: leave "
+                "one of them out"
+            )
+        if self._term is not None and not plain:
+            name = "free_bits" if self.free_bits else f"kl_term={self.kl_term!r}"
+            raise ObjectiveError(
+                f"{name} holds for bound=elbo with gradient=pathwise or stick_the_landing, got "
+                f"{self.bound!r} with {self.gradient!r}"
+            )
+        if self.kl_term is not None and self.kl_term.steers and self.beta != 1:
+            raise ObjectiveError(
+                f"{self.kl_term!r} has a schedule of its own, got beta={self.beta!r}: leave beta "
+                "at 1"
+            )
+        if self.penalty is not None and not (self.gradient.has_path and self.vectorize):
+            raise ObjectiveError(
+                f"{self.penalty!r} is differentiated through the draws of all particles at once, "
+                f"got {self.gradient!r} with vectorize={self.vectorize}: use gradient=pathwise"
+            )
+
+    @property
+    def _term(self) -> KLTerm | None:
+        return FreeBits(self.free_bits) if self.free_bits else self.kl_term
 
     @property
     def additive(self) -> bool:
@@ -119,8 +151,20 @@ class Objective:
 
     @property
     def schedule(self) -> Schedule:
-        """The KL weight as a function of the step."""
-        return as_schedule(self.beta)
+        """The KL weight as a function of the step, or what the KL's term has in its place."""
+        term = self.kl_term
+        return term.schedule if term is not None and term.steers else as_schedule(self.beta)
+
+    def parameters(self) -> dict[str, Any]:
+        """What the objective learns by itself (a discriminator), after :meth:`prepare`."""
+        return {
+            f"objective.{role}.{name}": parameter
+            for role, network in self._networks().items()
+            for name, parameter in network.named_parameters()
+        }
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return {} if self.penalty is None else self.penalty.networks()
 
     def prepare(self, model: Any, guide: Any, batch: Any) -> Layout:
         """Look at a pair once: its layout, refused where the objective is unsound for it.
@@ -141,8 +185,17 @@ class Objective:
                 f"site {name!r} is shared by all data, and {self.gradient!r} rewards each datum on "
                 "its own: use gradient=pathwise, or mixed where only local sites are discrete"
             )
+        if layout.globals and self.kl_term is not None and self.kl_term.steers:
+            raise ObjectiveError(
+                f"site {layout.globals[0]!r} is shared by all data, and {self.kl_term!r} counts "
+                "the KL of each datum's own sites: use beta="
+            )
         if self.gradient.dreams:
             check_dreams(model, batch)
+        if self.penalty is not None:
+            sites = glance(model, guide, batch, layout)
+            self.penalty.check(sites, layout)
+            self.penalty.start(sites)
         module = module_of(guide)
         if self.gradient.rescores and len(layout.event_dims) > 1 and module is not None:
             for name, part in module.named_modules():
@@ -173,7 +226,8 @@ class Objective:
             beta: KL weight at this step.
             num_data: N, by which global sites are divided; the batch's own size if ``None``.
         """
-        options = {"analytic_kl": True} if self.analytic_kl else {}
+        wanted = {"analytic_kl": self.analytic_kl, "sites": self.penalty is not None}
+        options = {name: True for name, want in wanted.items() if want}
         particles = self.gradient.draw(
             model, guide, batch, self.num_particles, layout=layout, **options
         )
@@ -187,13 +241,20 @@ class Objective:
             )
         factor = _relative(particles.scale, particles.plate_scale)
         surrogate = self._surrogate(particles, layout, beta)
-        quoted = self._quoted(particles, beta)
+        steered = self.kl_term is not None and self.kl_term.steers
+        quoted = self._quoted(particles, 1.0 if steered else beta)
         kl = self._site_kl(particles, particles.log_q)
         reconstruction = particles.log_likelihood.mean(0)
         total_kl = sum_terms(kl).mean(0)
         per_datum = (factor * surrogate).mean() + self._globals(particles, beta, num_data)
         value = (factor * quoted).mean() + self._globals(particles, beta, num_data)
         loss = -(per_datum - per_datum.detach() + value.detach())
+        if self.penalty is not None and particles.sites is not None:
+            rows = particles.shape[1] * particles.plate_scale
+            penalty = self.penalty(
+                particles.sites, beta, num_data if num_data is not None else rows
+            )
+            loss = loss + torch.as_tensor(factor).mean() * penalty
         return Loss(
             loss=loss,
             bound=quoted.detach(),
@@ -223,7 +284,7 @@ class Objective:
     def _surrogate(self, particles: Particles, layout: Layout, beta: Any) -> Tensor:
         log_q = _scaled(particles, "q", particles.log_q)
         held = self._held(particles)
-        if particles.kl is not None or self.free_bits:
+        if particles.kl is not None or self._term is not None:
             kl = _scaled(particles, "q", self._site_kl(particles, held or particles.log_q))
             return self._elbo(particles, kl, beta)
         likelihood = sum_terms(_scaled(particles, "p", particles.likelihood))
@@ -250,11 +311,8 @@ class Objective:
 
     def _elbo(self, particles: Particles, kl: dict[str, Tensor], beta: Any) -> Tensor:
         reconstruction = sum_terms(_scaled(particles, "p", particles.likelihood)).mean(0)
-        if not self.free_bits:
-            total = sum_terms(kl).mean(0)
-        else:
-            total = torch.stack([free_bits(term, self.free_bits) for term in kl.values()]).sum()
-        value: Tensor = reconstruction - beta * total
+        cost = beta * sum_terms(kl).mean(0) if self._term is None else self._term(kl, beta)
+        value: Tensor = reconstruction - cost
         return value
 
     def _globals(self, particles: Particles, beta: Any, num_data: int | None) -> Any:
@@ -286,6 +344,8 @@ class Objective:
             registers_itself = isinstance(module, pyro.nn.PyroModule) and unwrap(program) is module
             if module is not None and not registers_itself:
                 _register(module)
+        for network in self._networks().values():
+            _register(network)
         loss = self.evaluate(
             model, guide, batch, layout=state["layout"], beta=self.schedule(state["step"])
         )
@@ -348,6 +408,10 @@ class PyroObjective:
     def schedule(self) -> Schedule:
         """Pyro's ELBOs have no KL weight: one."""
         return as_schedule(1.0)
+
+    def parameters(self) -> dict[str, Any]:
+        """They learn nothing by themselves."""
+        return {}
 
     def prepare(self, model: Any, guide: Any, batch: Any) -> None:
         """Pyro looks at the pair itself; only the plate's N/B is taken from it here."""

@@ -34,6 +34,7 @@ __all__ = [
     "check_dreams",
     "draw",
     "generate",
+    "glance",
     "inspect",
     "latent_sites",
     "log_guide",
@@ -80,6 +81,7 @@ class Particles:
         plate_scale: The part of ``scale`` that is due to a subsampled data plate.
         relative_scale: Terms whose factor differs from the common one -> that ratio.
         gate: Scales the gradient that flows from the model into the draws, where one was asked for.
+        sites: Local latent site -> its draws, posterior and prior. Only with ``draw(sites=True)``.
     """
 
     values: dict[str, Tensor]
@@ -96,6 +98,7 @@ class Particles:
     plate_scale: float = 1.0
     relative_scale: dict[tuple[str, str], Scale] = field(default_factory=dict)
     gate: Gate | None = None
+    sites: dict[str, LatentSite] | None = None
 
     @property
     def log_weights(self) -> Tensor:
@@ -263,6 +266,7 @@ def draw(
     detach: bool = False,
     analytic_kl: bool = False,
     dream: bool = False,
+    sites: bool = False,
     gate: Gate | None = None,
     layout: Layout | None = None,
     data_plate: str | None = None,
@@ -283,6 +287,7 @@ def draw(
         detach: Cut the pathwise derivative of every draw (for score-function gradients).
         analytic_kl: Also give each latent site's KL in closed form where it is known.
         dream: Also weigh by the guide what the model draws itself (see :attr:`Particles.dreams`).
+        sites: Also give each local latent site's distributions (see :attr:`Particles.sites`).
         gate: Passed through on the way from the draws into the model (see :class:`Gate`).
         layout: What :func:`inspect` found for this pair; spares looking, and the checks.
         data_plate: Name of the plate that indexes the data, where several could.
@@ -300,8 +305,9 @@ def draw(
     if layout is None:
         layout = inspect(model, guide, batch, data_plate=data_plate, vectorize=vectorize)
     one_pass = functools.partial(
-        _draw, model, guide, batch, layout, score=score, detach=detach, analytic_kl=analytic_kl
-    )
+        _draw, model, guide, batch, layout,
+        score=score, detach=detach, analytic_kl=analytic_kl, sites=sites,
+    )  # fmt: skip
     if layout.vectorize:
         particles = one_pass(num_particles, gate=gate)
     else:
@@ -326,6 +332,7 @@ def _draw(
     score: bool,
     detach: bool,
     analytic_kl: bool,
+    sites: bool,
     gate: Gate | None,
 ) -> Particles:
     """One pass through both programs; without a particle dimension if not ``layout.vectorize``."""
@@ -344,6 +351,9 @@ def _draw(
     if analytic_kl:
         kl = _closed_form_kl(model_trace, guide_trace, particles, layout, num_particles)
         particles = dataclasses.replace(particles, kl=kl)
+    if sites:
+        local = _latent_sites(guide_trace, model_trace, layout)
+        particles = dataclasses.replace(particles, sites=local)
     return particles
 
 
@@ -383,6 +393,16 @@ def latent_sites(
     """Draws of the guide with ``q(site | ...)`` and ``p(site | ...)`` of each local latent site."""
     guide_trace = _run_guide(guide, batch, num_particles, layout, detach=False)
     model_trace = _run_model(model, batch, _site_values(guide_trace), num_particles, layout)
+    return _latent_sites(guide_trace, model_trace, layout)
+
+
+def glance(model: Program, guide: Program, batch: Batch, layout: Layout) -> dict[str, LatentSite]:
+    """One particle's :func:`latent_sites`, without gradients; random streams stay as they were."""
+    with _quiet(batch):
+        return latent_sites(model, guide, batch, 1, layout)
+
+
+def _latent_sites(guide_trace: Any, model_trace: Any, layout: Layout) -> dict[str, LatentSite]:
     return {
         name: LatentSite(
             guide_trace.nodes[name]["value"],

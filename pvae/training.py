@@ -175,6 +175,7 @@ def fit(
         steps_per_epoch = math.ceil(total / batch_size)
         factor = _lr_factor(lr_schedule, steps_per_epoch * epochs)
         build = functools.partial(build_optimizer, optimizer, lr=lr, options=optimizer_options)
+        weights |= goal.parameters()
         optim = build(list(weights.values()))
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
@@ -447,6 +448,8 @@ def _open_metrics(run_dir: Path | None) -> Any:
 
 
 def _warn_of_beta(objective: Objective | PyroObjective, steps: int) -> None:
+    if getattr(getattr(objective, "kl_term", None), "steers", False):
+        return  # what is scheduled is no KL weight, and the bound is the ELBO
     final = objective.schedule(steps - 1)
     if abs(final - 1) > 1e-6:
         warnings.warn(
