@@ -296,6 +296,7 @@ class Objective:
             held=None if held is None else sum_terms(_scaled(particles, "q", held)),
             score=sum_terms({n: t for n, t in particles.log_q.items() if n in score_sites}),
             dreams=particles.dreams,
+            relaxed=particles.relaxed,
         )
         return self.gradient.surrogate(self.bound, terms, beta, particles.gate)
 

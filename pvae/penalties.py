@@ -146,7 +146,7 @@ def aggregated(site: LatentSite, num_data: float, estimator: str = "mss") -> tup
     own = torch.eye(rows, dtype=torch.bool, device=pairs.device)[:, None]
     if estimator == "mss":
         others = math.log(max(num_data - 1, 1e-30) / (num_data * max(rows - 1, 1)))
-        weights = torch.where(own, -math.log(num_data), others)
+        weights = pairs.new_full(own.shape, others).masked_fill(own, -math.log(num_data))
     else:
         weights = torch.full_like(whole, -math.log(num_data * rows))
     joint = torch.logsumexp(whole + weights, 2)

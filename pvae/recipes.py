@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pvae import bounds
+from pvae import bounds, gradients
 from pvae.bounds import iw_elbo, renyi
 from pvae.errors import ObjectiveError
 from pvae.gradients import (
@@ -45,6 +45,7 @@ __all__ = [
     "miwae",
     "piwae",
     "renyi_vae",
+    "rebar",
     "rws",
     "stl",
     "tvo",
@@ -80,6 +81,14 @@ def dreg(num_particles: int = 50, **options: Any) -> Objective:
 def vimco(num_particles: int = 50, **options: Any) -> Objective:
     """The IW-ELBO with the leave-one-out score-function gradient (Mnih & Rezende 2016)."""
     return Objective(bound=iw_elbo, gradient=score_function, num_particles=num_particles, **options)
+
+
+def rebar(
+    temperature: float = 0.5, strength: float = 1.0, num_particles: int = 1, **options: Any
+) -> Objective:
+    """The ELBO of a discrete site, its relaxation as control variate (Tucker et al. 2017)."""
+    gradient = gradients.rebar(temperature, strength)
+    return Objective(gradient=gradient, num_particles=num_particles, **options)
 
 
 def renyi_vae(alpha: float = 0.5, num_particles: int = 50, **options: Any) -> Objective:

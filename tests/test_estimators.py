@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from programs import (
@@ -13,7 +16,10 @@ from programs import (
     DiscreteSite,
     ExactGuide,
     MixedSites,
+    Mixture,
+    Nodes,
     OneSite,
+    Pair,
     TwoSites,
     exact_bound,
     exact_gradient,
@@ -30,6 +36,7 @@ from pvae.errors import ObjectiveError, OptionError
 from pvae.gradients import (
     Covariance,
     GuideBy,
+    Rebar,
     WakeSleep,
     chi_phi,
     covariance,
@@ -37,6 +44,8 @@ from pvae.gradients import (
     guide_by,
     mixed,
     pathwise,
+    rebar,
+    relaxed,
     score_function,
     wake_phi,
 )
@@ -356,6 +365,176 @@ def test_other_orders_do_not(mutant):
         check_chi(mutant, 2.0)
 
 
+# --- REBAR --------------------------------------------------------------------------------------
+
+
+class ThreeClasses(Pair):
+    """``c ~ OneHot(softmax(r, 0, -r))``, ``x | c ~ N(w c . (0, 1, 2), 0.8)``; q of its own logits."""
+
+    model_values = {"r": -0.4, "w": 0.7}
+    guide_values = {"u": 0.3, "v": -0.5}
+    steps = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+
+    def model(self, p, x):
+        logits = torch.stack([p.r, 0 * p.r, -p.r], -1)
+        c = pyro.sample("c", dist.OneHotCategorical(logits=logits))
+        pyro.sample("x", dist.Normal(p.w * (c @ self.steps), 0.8), obs=x)
+
+    def guide(self, p, x):
+        logits = torch.stack([p.u, p.v, 0 * p.u], -1)
+        pyro.sample("c", dist.OneHotCategorical(logits=logits))
+
+    def nodes(self, p):
+        log_q = torch.stack([p["u"], p["v"], 0 * p["u"]]).log_softmax(0)
+        prior = torch.stack([p["r"], 0 * p["r"], -p["r"]]).log_softmax(0)
+        x = torch.tensor(self.x, dtype=torch.float64)
+        likelihood = dist.Normal(p["w"] * self.steps, 0.8).log_prob(x)
+        return Nodes(log_q.exp(), likelihood, prior, log_q)
+
+
+def rebar_bias(pair, gradient, num_particles, *, beta=1.0, size=40_000):
+    objective = pvae.Objective(gradient=gradient, num_particles=num_particles, beta=beta)
+    samples = gradient_samples(pair, objective, size=size)
+    truth = exact_gradient(pair, elbo, beta=beta)
+    return max(float(z_score(samples[n], truth[n])) for n in truth)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "num_particles", "beta"),
+    [(rebar(), 1, 1.0), (rebar(0.2, 0.5), 3, 0.5), (rebar(2.0, 3.0), 1, 1.0)],
+    ids=repr,
+)
+@pytest.mark.parametrize("pair", [DiscreteSite(), ThreeClasses()], ids=lambda p: type(p).__name__)
+def test_rebar_is_unbiased_whatever_its_control_variate(pair, gradient, num_particles, beta):
+    assert rebar_bias(pair, gradient, num_particles, beta=beta) < SE
+
+
+def test_rebar_of_no_strength_is_leave_one_out_for_every_draw():
+    pair = ThreeClasses()
+    ours, theirs = (
+        gradient_samples(pair, pvae.Objective(gradient=g, num_particles=3), size=50)
+        for g in (rebar(0.5, 0.0), score_function)
+    )
+    for name, samples in theirs.items():
+        torch.testing.assert_close(ours[name], samples, rtol=0, atol=IDENTITY)
+
+
+@pytest.mark.parametrize("pair", [DiscreteSite(), ThreeClasses()], ids=lambda p: type(p).__name__)
+def test_rebar_is_quieter_than_the_score_function_with_one_particle_and_with_more(pair):
+    plain = spread(pair, pair.guide_values, gradient=rebar(0.5, 0.0), num_particles=1)
+    assert spread(pair, pair.guide_values, gradient=rebar(), num_particles=1) < 0.7 * plain
+    left_out = spread(pair, pair.guide_values, gradient=score_function)
+    assert spread(pair, pair.guide_values, gradient=rebar()) < left_out
+
+
+def test_relaxed_draws_round_to_the_discrete_ones():
+    for family in (dist.Bernoulli(logits=torch.randn(1, 4000)),
+                   dist.OneHotCategorical(logits=torch.randn(1, 4000, 3))):  # fmt: skip
+        value = family.sample()
+        leaf, path, _ = Rebar(temperature=0.7).relax(family, value)
+        rounded = leaf > 0.5 if family.event_shape == () else leaf == leaf.amax(-1, keepdim=True)
+        assert torch.equal(rounded, value > 0)
+        assert float(path.abs().max()) < 1e-6
+
+
+def test_relaxed_draws_have_the_unconditional_distribution():
+    """Logistic and Gumbel noise about the logits: means and variances of the free draws."""
+    torch.manual_seed(3)
+    logits = torch.tensor([0.8, -0.5, 0.1], dtype=torch.float64).log_softmax(-1)
+    family = dist.OneHotCategorical(logits=logits).expand([1, 100_000])
+    _, _, given = relaxed._coupled(family, family.sample())
+    free = given[0] - logits - 0.5772156649015329
+    assert float(z_score(free, torch.zeros(3)).max()) < SE
+    assert float(z_score(free**2, torch.full((3,), math.pi**2 / 6)).max()) < SE
+    family = dist.Bernoulli(logits=torch.tensor(0.8, dtype=torch.float64)).expand([1, 100_000])
+    _, _, given = relaxed._coupled(family, family.sample())
+    free = given[0] - 0.8
+    assert float(z_score(free, 0.0)) < SE
+    assert float(z_score(free**2, math.pi**2 / 3)) < SE
+
+
+def test_rebar_quotes_the_bound_and_is_evaluated_without_gradients():
+    model, guide, x = DiscreteSite().programs(6)
+    objective = recipes.rebar(num_particles=2)
+    layout = objective.prepare(model, guide, x)
+    torch.manual_seed(3)
+    loss = objective.evaluate(model, guide, x, layout=layout)
+    torch.testing.assert_close(-loss.loss.detach(), loss.bound.mean())
+    with torch.no_grad():
+        torch.manual_seed(3)
+        again = objective.evaluate(model, guide, x, layout=layout)
+    torch.testing.assert_close(loss.bound, again.bound)
+
+
+class Flipped(Rebar):
+    def relax(self, distribution, value):
+        leaf, path, log_q = super().relax(distribution, value)
+        return leaf, -path, log_q
+
+
+class PathForgotten(Rebar):
+    def relax(self, distribution, value):
+        leaf, path, log_q = super().relax(distribution, value)
+        return leaf, path.detach(), log_q
+
+
+class Unconditional(Rebar):
+    """The relaxed draw of other noise, that need not round to the discrete one."""
+
+    def relax(self, distribution, value):
+        return super().relax(distribution, distribution.sample())
+
+
+class PathOfOne(Rebar):
+    """The derivative of u without that of v."""
+
+    def relax(self, distribution, value):
+        leaf, path, log_q = super().relax(distribution, value)
+        logits = distribution.logits
+        own = leaf * (1 - leaf) / self.temperature * (logits - logits.detach())
+        return leaf, own.detach() - own.detach() + own, log_q
+
+
+class ControlNotTakenOff(Rebar):
+    def surrogate(self, bound, terms, beta, gate):
+        right = super().surrogate(bound, terms, beta, gate)
+        control, _ = relaxed._control(terms.relaxed, beta)
+        return right + (self.strength * control * terms.score).mean(0)
+
+
+@pytest.mark.parametrize(
+    "mutant", [Flipped, PathForgotten, Unconditional, PathOfOne, ControlNotTakenOff]
+)
+def test_wrong_rebar_fails(mutant):
+    assert rebar_bias(DiscreteSite(), mutant(), 1) > SE
+
+
+def test_rebar_wants_a_model_that_takes_relaxed_values():
+    model = Mixture().double()
+    objective = recipes.rebar()
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("c", dist.Bernoulli(logits=x[:, 0]))
+
+    def indexes(x):
+        with pyro.plate("data", len(x), dim=-1):
+            c = pyro.sample("c", dist.Bernoulli(torch.full((len(x),), 0.5, dtype=x.dtype)))
+            pyro.sample("x", dist.Normal(model.loc[:2][c.long()], 1.0).to_event(1), obs=x)
+
+    def tables(x):
+        with pyro.plate("data", len(x), dim=-1):
+            c = pyro.sample("c", dist.Bernoulli(torch.full((len(x),), 0.5, dtype=x.dtype)))
+            pyro.sample("x", dist.Normal(model.loc[[int(n) for n in c.flatten() if n in (0, 1)]],
+                                         1.0).to_event(1), obs=x)  # fmt: skip
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    layout = objective.prepare(indexes, guide, x)
+    objective.evaluate(indexes, guide, x, layout=layout).loss.backward()  # no slope, but sound
+    with pytest.raises(pvae.PvaeError, match=r"relaxed values of site 'c'.*score_function"):
+        objective.evaluate(tables, guide, x, layout=layout)
+
+
 # --- mutants ------------------------------------------------------------------------------------
 
 
@@ -441,6 +620,13 @@ def test_right_covariance_written_so_passes():
         (lambda: recipes.chivi(2.0, beta=2.0), ObjectiveError, ["leave beta at 1"]),
         (lambda: recipes.chivi(-1.0), ObjectiveError, ["finite order above 0", "try 2"]),
         (lambda: recipes.renyi_vae(-1.0), ObjectiveError, ["upper bound"]),
+        (lambda: pvae.Objective(bound=iw_elbo, gradient=rebar()), ObjectiveError,
+         ["bound=elbo", "score_function"]),
+        (lambda: recipes.rebar().prepare(*MixedSites().programs(4)), ObjectiveError,
+         ["'z' (continuous)", "score_function or mixed"]),
+        (lambda: recipes.rebar(vectorize=False).prepare(*DiscreteSite().programs(4)),
+         ObjectiveError, ["all particles at once"]),
+        (lambda: rebar(0.0), OptionError, ["temperature above 0"]),
         (lambda: miwae(0), OptionError, ["at least one group"]),
         (lambda: ciwae(1.0), OptionError, ["0 < weight < 1"]),
         (lambda: tvo(0), OptionError, ["partitions >= 1"]),

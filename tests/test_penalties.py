@@ -522,7 +522,8 @@ def test_discriminator_is_trained_by_fit_and_by_svi_and_not_kept_between_runs():
     before = objective.parameters()
     pvae.fit(model, guide, x, objective=objective, epochs=2, batch_size=16, progress=False)
     after = objective.parameters()
-    assert before.keys() == after.keys() and len(after) == 4
+    assert before.keys() == after.keys()
+    assert len(after) == 4
     assert all(before[name] is not after[name] for name in after)
     assert float(after["objective.discriminator.2.bias"].abs().max()) > 0
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=objective)

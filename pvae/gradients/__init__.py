@@ -20,6 +20,7 @@ from pvae.gradients.paths import (
     stick_the_landing,
 )
 from pvae.gradients.protocol import Gradient, Terms
+from pvae.gradients.relaxed import Rebar, rebar
 from pvae.gradients.scores import (
     Covariance,
     ScoreFunction,
@@ -42,6 +43,7 @@ __all__ = [
     "Gradient",
     "GuideBy",
     "Pathwise",
+    "Rebar",
     "ScoreFunction",
     "StickTheLanding",
     "Terms",
@@ -53,6 +55,7 @@ __all__ = [
     "guide_held",
     "mixed",
     "pathwise",
+    "rebar",
     "score_function",
     "sleep_phi",
     "stick_the_landing",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pvae import particles as waist
-from pvae.particles import Gate, Layout, Particles
+from pvae.particles import Gate, Layout, Particles, Relaxed
 
 __all__ = ["Beta", "Bound", "Gradient", "Terms"]
 
@@ -29,6 +29,7 @@ class Terms:
         score: ``log q`` of the sites that have no pathwise derivative here.
         dreams: ``log q(z'|x')`` of what the model drew itself, ``(1, B)``. ``None`` unless asked
             for.
+        relaxed: The model at relaxed draws, for control variates. ``None`` unless asked for.
     """
 
     log_joint: Tensor
@@ -36,6 +37,7 @@ class Terms:
     held: Tensor | None
     score: Tensor
     dreams: Tensor | None = None
+    relaxed: Relaxed | None = None
 
 
 class Gradient:
