@@ -140,18 +140,18 @@ class Relaxed:
     """A discrete site's draws made continuous, and what model and guide say of them.
 
     Attributes:
+        name: The site.
         leaf: Relaxed draws, held fixed, ``(K, B, event)``.
         path: Zeros of that shape whose derivative is the control variate's.
         likelihood: ``log p(x | leaf)``, ``(K, B)``, differentiable in ``leaf``.
-        prior: ``log p(leaf)``, likewise.
-        log_q: ``log q(leaf | x)``, likewise.
+        kl: ``log q(leaf | x) - log p(leaf)``, both made linear in ``leaf``, likewise.
     """
 
+    name: str
     leaf: Tensor
     path: Tensor
     likelihood: Tensor
-    prior: Tensor
-    log_q: Tensor
+    kl: Tensor
 
 
 def sum_terms(terms: Mapping[str, Tensor]) -> Tensor:
@@ -312,7 +312,8 @@ def draw(
         dream: Also weigh by the guide what the model draws itself (see :attr:`Particles.dreams`).
         sites: Also give each local latent site's distributions (see :attr:`Particles.sites`).
         relax: Gets the distribution and the draws of a guide's only site and gives the relaxed
-            draws held fixed, the path to their parameters, and ``log q`` (see :class:`Relaxed`).
+            draws held fixed, the path to their parameters, and a function of a distribution and
+            them, its log density made continuous (see :class:`Relaxed`).
         gate: Passed through on the way from the draws into the model (see :class:`Gate`).
         layout: What :func:`inspect` found for this pair; spares looking, and the checks.
         data_plate: Name of the plate that indexes the data, where several could.
@@ -396,7 +397,7 @@ def _relaxed(
 ) -> Relaxed:
     """The model at relaxed values of the guide's only site, which no support would admit."""
     ((name, node),) = _latents(guide_trace).items()
-    leaf, path, log_q = relax(node["fn"], node["value"])
+    leaf, path, density = relax(node["fn"], node["value"])
     values = {**_site_values(guide_trace), name: leaf}
     try:
         with pyro.validation_enabled(False):
@@ -409,10 +410,10 @@ def _relaxed(
             "take numbers between 0 and 1 there, or use gradient=pvae.gradients.score_function"
         ) from error
     local = {n: t for n, t in terms.items() if t.dim() == 2}
-    weight = log_q(leaf).reshape(num_particles, num_data, -1).sum(-1)
     likelihood = sum_terms({n: t for n, t in local.items() if n in layout.observed})
-    prior = sum_terms({n: t for n, t in local.items() if n not in layout.observed})
-    return Relaxed(leaf, path, likelihood, prior, weight)
+    kl = density(node["fn"], leaf) - density(trace.nodes[name]["fn"], leaf)
+    kl = kl.reshape(num_particles, num_data, -1).sum(-1)
+    return Relaxed(name, leaf, path, likelihood, kl)
 
 
 def sample_guide(

@@ -369,7 +369,7 @@ def test_other_orders_do_not(mutant):
 
 
 class ThreeClasses(Pair):
-    """``c ~ OneHot(softmax(r, 0, -r))``, ``x | c ~ N(w c . (0, 1, 2), 0.8)``; q of its own logits."""
+    """``c ~ OneHot(softmax(r, 0, -r))``, ``x | c ~ N(w c . (0, 1, 2), 0.8)``; free q."""
 
     model_values = {"r": -0.4, "w": 0.7}
     guide_values = {"u": 0.3, "v": -0.5}
@@ -420,11 +420,9 @@ def test_rebar_of_no_strength_is_leave_one_out_for_every_draw():
 
 
 @pytest.mark.parametrize("pair", [DiscreteSite(), ThreeClasses()], ids=lambda p: type(p).__name__)
-def test_rebar_is_quieter_than_the_score_function_with_one_particle_and_with_more(pair):
+def test_rebar_is_quieter_than_the_score_function_of_one_particle(pair):
     plain = spread(pair, pair.guide_values, gradient=rebar(0.5, 0.0), num_particles=1)
     assert spread(pair, pair.guide_values, gradient=rebar(), num_particles=1) < 0.7 * plain
-    left_out = spread(pair, pair.guide_values, gradient=score_function)
-    assert spread(pair, pair.guide_values, gradient=rebar()) < left_out
 
 
 def test_relaxed_draws_round_to_the_discrete_ones():
@@ -530,7 +528,8 @@ def test_rebar_wants_a_model_that_takes_relaxed_values():
 
     x = torch.randn(4, 3, dtype=torch.float64)
     layout = objective.prepare(indexes, guide, x)
-    objective.evaluate(indexes, guide, x, layout=layout).loss.backward()  # no slope, but sound
+    with pytest.raises(ObjectiveError, match=r"no derivative by site 'c'.*score_function"):
+        objective.evaluate(indexes, guide, x, layout=layout)
     with pytest.raises(pvae.PvaeError, match=r"relaxed values of site 'c'.*score_function"):
         objective.evaluate(tables, guide, x, layout=layout)
 

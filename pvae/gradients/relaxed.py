@@ -31,9 +31,10 @@ class Rebar(Gradient):
 
         (f(b) - c(v)) dlog q(b) + d c(u) - d c(v)
 
-    unbiased for any c (Tucker et al. 2017; RELAX, Grathwohl et al. 2018, learns c). The draws are
-    coupled so that ``u = v`` and only their derivatives differ: the model is run once more and not
-    twice. With several particles the mean of the others' ``f - c`` is taken off besides.
+    unbiased for any smooth c (Tucker et al. 2017; RELAX, Grathwohl et al. 2018, learns c). The draws
+    are coupled so that ``u = v`` and only their derivatives differ: the model is run once more and
+    not twice. With several particles the mean of the others' ``f - c`` is taken off besides; where
+    that alone explains the reward, as for a single Bernoulli, ``score_function`` is the quieter one.
 
     Attributes:
         temperature: t.
@@ -83,14 +84,12 @@ class Rebar(Gradient):
         )
 
     def relax(self, distribution: Any, value: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """A relaxed draw held fixed, a zero with the derivative of u less v, and ``log q``."""
-        while isinstance(distribution, torch.distributions.Independent):
-            distribution = distribution.base_dist
-        squash, logits, given = _coupled(distribution, value)
+        """A relaxed draw held fixed, a zero with the derivative of u less v, and the density."""
+        squash, logits, given = _coupled(_leaf(distribution), value)
         free = logits + (given - logits).detach()
         path = squash(free / self.temperature) - squash(given / self.temperature)
         leaf = squash(given / self.temperature).detach().requires_grad_()
-        return leaf, path, _log_prob(distribution)
+        return leaf, path, _density
 
     def score_sites(self, layout: Layout) -> frozenset[str]:
         """The one."""
@@ -116,9 +115,24 @@ class Rebar(Gradient):
 
 def _control(relaxed: Relaxed, beta: Beta) -> tuple[Tensor, Tensor]:
     """``log w`` at the relaxed draws ``(K, B)`` and its slope there, both held fixed."""
-    value = relaxed.likelihood + beta * (relaxed.prior - relaxed.log_q)
-    (slope,) = torch.autograd.grad(value.sum(), relaxed.leaf, retain_graph=True)
-    return value.detach(), slope.detach()
+    value = relaxed.likelihood - beta * relaxed.kl
+    slope = _slope(relaxed.likelihood, relaxed) - beta * _slope(relaxed.kl, relaxed)
+    return value.detach(), slope
+
+
+def _slope(value: Tensor, relaxed: Relaxed) -> Tensor:
+    slope = None
+    if value.requires_grad:
+        (slope,) = torch.autograd.grad(
+            value.sum(), relaxed.leaf, retain_graph=True, allow_unused=True
+        )
+    if slope is None:
+        raise ObjectiveError(
+            f"the model has no derivative by site {relaxed.name!r}, whose values it rounds or uses "
+            "as an index, and a control variate that jumps would be biased: let it be a smooth "
+            "function of them, or use gradient=score_function"
+        )
+    return slope
 
 
 def _coupled(distribution: Any, value: Tensor) -> tuple[Any, Tensor, Tensor]:
@@ -138,12 +152,22 @@ def _coupled(distribution: Any, value: Tensor) -> tuple[Any, Tensor, Tensor]:
     return lambda z: torch.softmax(z, -1), logits, given
 
 
-def _log_prob(distribution: Any) -> Any:
-    """``log q`` at relaxed values, linear in them; parameters held."""
-    logits = distribution.logits.detach()
-    if type(distribution).__name__ == "Bernoulli":
-        return lambda leaf: leaf * logsigmoid(logits) + (1 - leaf) * logsigmoid(-logits)
-    return lambda leaf: leaf * logits.log_softmax(-1)
+def _density(distribution: Any, leaf: Tensor) -> Tensor:
+    """Log density of each dimension at relaxed values, linear in them.
+
+    A OneHotCategorical's own would round them.
+    """
+    leaf_family = _leaf(distribution)
+    logits: Tensor = leaf_family.logits
+    if type(leaf_family).__name__ == "Bernoulli":
+        return leaf * logsigmoid(logits) + (1 - leaf) * logsigmoid(-logits)
+    return leaf * logits.log_softmax(-1)
+
+
+def _leaf(distribution: Any) -> Any:
+    while isinstance(distribution, torch.distributions.Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def rebar(temperature: float = 0.5, strength: float = 1.0) -> Rebar:
