@@ -31,10 +31,10 @@ class Rebar(Gradient):
 
         (f(b) - c(v)) dlog q(b) + d c(u) - d c(v)
 
-    unbiased for any smooth c (Tucker et al. 2017; RELAX, Grathwohl et al. 2018, learns c). The draws
+    unbiased for any smooth c (Tucker et al. 2017; RELAX, Grathwohl et al. 2018, learns c). Draws
     are coupled so that ``u = v`` and only their derivatives differ: the model is run once more and
     not twice. With several particles the mean of the others' ``f - c`` is taken off besides; where
-    that alone explains the reward, as for a single Bernoulli, ``score_function`` is the quieter one.
+    that alone explains the reward, as for a single Bernoulli, ``score_function`` is quieter.
 
     Attributes:
         temperature: t.
