@@ -215,6 +215,7 @@ class Objective:
         layout: Layout,
         beta: Any = 1.0,
         num_data: int | None = None,
+        penalise: bool = True,
     ) -> Loss:
         """The objective on one batch, with everything that is logged about it.
 
@@ -225,8 +226,10 @@ class Objective:
             layout: From :meth:`prepare`.
             beta: KL weight at this step.
             num_data: N, by which global sites are divided; the batch's own size if ``None``.
+            penalise: Whether the loss has its penalty, which the bound never has.
         """
-        wanted = {"analytic_kl": self.analytic_kl, "sites": self.penalty is not None}
+        penalised = penalise and self.penalty is not None
+        wanted = {"analytic_kl": self.analytic_kl, "sites": penalised}
         options = {name: True for name, want in wanted.items() if want}
         particles = self.gradient.draw(
             model, guide, batch, self.num_particles, layout=layout, **options
@@ -427,6 +430,7 @@ class PyroObjective:
         layout: Any = None,
         beta: Any = 1.0,
         num_data: int | None = None,
+        penalise: bool = True,
     ) -> Loss:
         """Pyro's differentiable loss over the number of data it counts: the mean per datum."""
         args, kwargs = arguments(batch)
