@@ -209,8 +209,8 @@ def check_mmd(statistic, kernel="rbf"):
     """The mean over batches of eight against the closed form, whatever the batch's size."""
     torch.manual_seed(5)
     loc, sd = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64), 0.6
-    z = loc + sd * torch.randn(40_000, 8, 3, dtype=torch.float64)
-    y = torch.randn(40_000, 8, 3, dtype=torch.float64)
+    z = loc + sd * torch.randn(12_000, 8, 3, dtype=torch.float64)
+    y = torch.randn(12_000, 8, 3, dtype=torch.float64)
     assert float(z_score(statistic(z, y), gaussian_mmd(loc, sd, 6.0))) < SE
 
 
@@ -487,31 +487,28 @@ def test_staged_equals_eager(name, monkeypatch):
     assert torch.allclose(take_steps(name, make), eager, rtol=0, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:the KL weight ends at")
 def test_penalties_do_what_they_are_for():
-    """On data of two correlated factors: less total correlation, a covariance near one."""
+    """On correlated data, with a KL too light to keep the aggregated posterior at the prior."""
     torch.manual_seed(3)
-    factors = torch.randn(600, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.45]])
-    x = torch.cat([factors, factors + 0.1 * torch.randn(600, 2)], 1)
-    found = {}
+    factors = torch.randn(400, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.45]])
+    x = torch.cat([factors, factors + 0.1 * torch.randn(400, 2)], 1)
     start = VAE(4, z_dim=2, hidden=(16,), likelihood="gaussian")
     first = Gaussian(4, start.latents, hidden=(16,))
-    for name, objective in {
-        "vae": pvae.vae(), "tc": recipes.beta_tcvae(15.0), "dip": recipes.dip_vae(30.0, 30.0)
-    }.items():  # fmt: skip
+    penalised = [None, Decomposition(2.0), Moments(2.0, 2.0), Discrepancy(40.0)]
+    sites = []
+    for penalty in penalised:
         model, guide = copy.deepcopy(start), copy.deepcopy(first)
+        objective = pvae.Objective(beta=0.05, penalty=penalty)
         pvae.fit(model, guide, x, objective=objective, epochs=25, batch_size=100, lr=1e-2,
-                 progress=False)  # fmt: skip
+                 engine="eager", progress=False)  # fmt: skip
         layout = pvae.vae().prepare(model, guide, x)
+        torch.manual_seed(0)
         with torch.no_grad():
-            site = pvae.particles.latent_sites(model, guide, x, 1, layout)["z"]
-        parts = Decomposition().parts(site, 600)
-        covariance = Moments(1.0, 1.0).covariance(site)
-        found[name] = (
-            float(parts["total_correlation"].mean()),
-            float((covariance - torch.eye(2)).square().sum()),
-        )
-    assert found["tc"][0] < 0.5 * found["vae"][0]
-    assert found["dip"][1] < 0.5 * found["vae"][1]
+            sites.append(pvae.particles.latent_sites(model, guide, x, 1, layout)["z"])
+    for penalty, site in zip(penalised[1:], sites[1:], strict=True):
+        left, without = (float(penalty.of_site(s, 1.0, 400)) for s in (site, sites[0]))
+        assert left < 0.5 * without, penalty
 
 
 def test_discriminator_is_trained_by_fit_and_by_svi_and_not_kept_between_runs():
@@ -525,11 +522,11 @@ def test_discriminator_is_trained_by_fit_and_by_svi_and_not_kept_between_runs():
     assert before.keys() == after.keys()
     assert len(after) == 4
     assert all(before[name] is not after[name] for name in after)
-    assert float(after["objective.discriminator.2.bias"].abs().max()) > 0
+    assert float(after["objective.discriminator.2.bias"].detach().abs().max()) > 0
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=objective)
     svi.step(x)
     svi.step(x)
-    assert float(objective.parameters()["objective.discriminator.2.bias"].abs().max()) > 0
+    assert float(objective.parameters()["objective.discriminator.2.bias"].detach().abs().max()) > 0
 
 
 # --- refused ------------------------------------------------------------------------------------
