@@ -28,6 +28,7 @@ from programs import (
     linear_gaussian,
     z_score,
 )
+from torch import nn
 
 import pvae
 from pvae import recipes
@@ -532,6 +533,43 @@ def test_rebar_wants_a_model_that_takes_relaxed_values():
         objective.evaluate(indexes, guide, x, layout=layout)
     with pytest.raises(pvae.PvaeError, match=r"relaxed values of site 'c'.*score_function"):
         objective.evaluate(tables, guide, x, layout=layout)
+
+
+class Codes(nn.Module):
+    """Four Bernoulli latents and a linear decoder; the guide is linear, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.decoder, self.encoder = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.double()
+
+    def code(self, logits):
+        return dist.Bernoulli(logits=logits).to_event(1)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            c = pyro.sample("c", self.code(x.new_zeros(4)))
+            pyro.sample("x", dist.Normal(self.decoder(c), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("c", self.code(self.encoder(x)))
+
+
+def test_rebar_is_staged():
+    """For Bernoulli sites: torch draws one-hot values in a way that cannot be traced."""
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).double()
+    found = []
+    for engine in ("eager", "staged"):
+        pair = Codes()
+        run = pvae.fit(
+            pair.model, pair.guide, x, objective=recipes.rebar(num_particles=2), epochs=2,
+            batch_size=20, engine=engine, valid=x, progress=False,
+        )  # fmt: skip
+        assert run.engine.startswith(engine)
+        found.append(torch.cat([p.detach().flatten() for p in pair.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 
 
 # --- mutants ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import nn
 
 import pvae
 import pvae.engine
-from pvae import catalogue, penalties, recipes
+from pvae import catalogue, recipes
 from pvae.bounds import iw_elbo
 from pvae.engine import Eager, Problem, Staged, build_optimizer
 from pvae.errors import ObjectiveError, OptionError
@@ -26,6 +26,7 @@ from pvae.kl_terms import Balanced, Capacity, FreeBits
 from pvae.models.vae import VAE
 from pvae.particles import LatentSite, parameters
 from pvae.penalties import Decomposition, DensityRatio, Discrepancy, FreeDimensions, Moments
+from pvae.penalties.correlation import aggregated
 from pvae.schedules import Linear
 
 N, D = 5, 2
@@ -116,7 +117,7 @@ def test_parts_add_up_to_the_kl_for_every_draw():
 
 def test_mws_is_short_by_log_n_at_full_batch():
     site = site_of(posteriors(), 30)
-    stratified, weighted = (penalties.aggregated(site, N, e) for e in ("mss", "mws"))
+    stratified, weighted = (aggregated(site, N, e) for e in ("mss", "mws"))
     close = {"rtol": 0, "atol": IDENTITY}
     torch.testing.assert_close(weighted[0], stratified[0] - math.log(N), **close)
     torch.testing.assert_close(weighted[1], stratified[1] - D * math.log(N), **close)
@@ -125,11 +126,9 @@ def test_mws_is_short_by_log_n_at_full_batch():
 def mean_over_batches(estimator, size):
     """``E[q-hat(z)]`` of the first datum's draws over all batches that hold it, and the truth."""
     site = site_of(posteriors(), 6)
-    truth = penalties.aggregated(site, N, "mss")[0][:, 0].exp()
+    truth = aggregated(site, N, "mss")[0][:, 0].exp()
     batches = [(0, *rest) for rest in itertools.combinations(range(1, N), size - 1)]
-    found = [
-        penalties.aggregated(subset(site, rows), N, estimator)[0][:, 0].exp() for rows in batches
-    ]
+    found = [aggregated(subset(site, rows), N, estimator)[0][:, 0].exp() for rows in batches]
     return torch.stack(found).mean(0), truth, site
 
 
@@ -149,7 +148,7 @@ def test_mws_has_the_bias_that_its_formula_says():
 
 def wrong_parts(change):
     def parts(site, num_data):
-        joint, each = penalties.aggregated(site, num_data)
+        joint, each = aggregated(site, num_data)
         conditional = site.posterior.log_prob(site.value)
         prior = site.prior.log_prob(site.value)
         return dict(zip(on_a_grid_names, change(conditional, joint, each, prior), strict=True))
