@@ -21,26 +21,26 @@ _HOME = {
     "PvaeError": "pvae.errors",
     "Run": "pvae.training",
     "baselines": None,
-    "beta_vae": "pvae.objectives",
+    "beta_vae": "pvae.recipes",
     "bounds": None,
     "compare": "pvae.comparison",
     "data": None,
     "draw": "pvae.particles",
-    "dreg": "pvae.objectives",
+    "dreg": "pvae.recipes",
     "evidence": None,
     "fit": "pvae.training",
     "gradients": None,
     "guides": None,
-    "iwae": "pvae.objectives",
+    "iwae": "pvae.recipes",
     "load": "pvae.runs",
-    "mcem": "pvae.objectives",
+    "mcem": "pvae.recipes",
     "models": None,
     "plots": None,
-    "rws": "pvae.objectives",
+    "rws": "pvae.recipes",
     "schedules": None,
-    "stl": "pvae.objectives",
-    "vae": "pvae.objectives",
-    "wake_sleep": "pvae.objectives",
+    "stl": "pvae.recipes",
+    "vae": "pvae.recipes",
+    "wake_sleep": "pvae.recipes",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
@@ -74,16 +74,16 @@ if TYPE_CHECKING:
     from pvae.errors import PvaeError as PvaeError
     from pvae.evidence import Evidence as Evidence
     from pvae.objectives import Objective as Objective
-    from pvae.objectives import beta_vae as beta_vae
-    from pvae.objectives import dreg as dreg
-    from pvae.objectives import iwae as iwae
-    from pvae.objectives import mcem as mcem
-    from pvae.objectives import rws as rws
-    from pvae.objectives import stl as stl
-    from pvae.objectives import vae as vae
-    from pvae.objectives import wake_sleep as wake_sleep
     from pvae.particles import Particles as Particles
     from pvae.particles import draw as draw
+    from pvae.recipes import beta_vae as beta_vae
+    from pvae.recipes import dreg as dreg
+    from pvae.recipes import iwae as iwae
+    from pvae.recipes import mcem as mcem
+    from pvae.recipes import rws as rws
+    from pvae.recipes import stl as stl
+    from pvae.recipes import vae as vae
+    from pvae.recipes import wake_sleep as wake_sleep
     from pvae.runs import load as load
     from pvae.training import Run as Run
     from pvae.training import fit as fit

@@ -39,7 +39,10 @@ __all__ = [
 filled_names = ("x_dim", "num_levels", "image_shape", "latents", "model", "x_mean", "x_scale")
 
 _FOLDERS = {"model": "models", "guide": "guides"}
-_NAMED = {"beta": "schedules", "bound": "bounds", "gradient": "gradients"}
+_NAMED = {
+    "beta": "schedules", "bound": "bounds", "gradient": "gradients", "kl_term": "kl_terms",
+    "penalty": "penalties",
+}  # fmt: skip
 _user_files: set[str] = set()
 
 
@@ -403,8 +406,8 @@ def _type_name(hint: Any) -> str:
 
 
 def objectives() -> dict[str, Callable[..., Any]]:
-    """Name -> recipe: the functions of ``pvae.objectives`` that return an Objective."""
-    module = importlib.import_module("pvae.objectives")
+    """Name -> recipe: the functions of ``pvae.recipes`` that return an Objective."""
+    module = importlib.import_module("pvae.recipes")
     return {
         name: value
         for name, value in vars(module).items()
@@ -430,8 +433,8 @@ def objective_options(name: str) -> Options:
 def build_objective(name: str, options: Mapping[str, Any]) -> Any:
     """A recipe with its options, e.g. ``dreg`` with ``{"num_particles": 50}``.
 
-    ``bound``, ``gradient`` and ``beta`` may be named as in Python: ``"renyi(0.5)"``,
-    ``"score_function"``, ``"Linear(1000)"``.
+    ``bound``, ``gradient``, ``beta``, ``kl_term`` and ``penalty`` may be named as in Python:
+    ``"renyi(0.5)"``, ``"score_function"``, ``"Linear(1000)"``, ``"mmd(10)"``.
 
     Raises:
         OptionError: an option has no such value.
@@ -457,10 +460,10 @@ def _named(key: str, value: Any) -> Any:
     if call is None or call[1] not in known:
         raise OptionError(f"{key} takes no {value!r}: {did_you_mean(value, known)}")
     found = getattr(module, call[1])
-    if call[2] is None:
+    if call[2] is None and not inspect.isfunction(found):
         return found
     try:
-        tree = ast.parse(value.strip(), mode="eval").body
+        tree = ast.parse(value.strip() + ("()" if call[2] is None else ""), mode="eval").body
         assert isinstance(tree, ast.Call)
         positional = [ast.literal_eval(node) for node in tree.args]
         named = {node.arg or "": ast.literal_eval(node.value) for node in tree.keywords}

@@ -90,7 +90,9 @@ def examine_data(x: Tensor) -> list[Finding]:
 # --- history -------------------------------------------------------------------------------------
 
 
-def examine_history(history: History, *, finished: bool = True) -> list[Finding]:
+def examine_history(
+    history: History, *, finished: bool = True, objective: Any = None
+) -> list[Finding]:
     """What the figures of the epochs tell; ``finished`` where no epoch follows.
 
     Judged are the ELBO at KL weight one, on training and held-out data, the KL and its weight.
@@ -98,8 +100,10 @@ def examine_history(history: History, *, finished: bool = True) -> list[Finding]
     if not history:
         return []
     found = [*_diverging(history), *_over_fitting(history)]
+    if finished and not getattr(getattr(objective, "kl_term", None), "steers", False):
+        found += _weight(history)
     if finished:
-        found += [*_weight(history), *_collapse(history)]
+        found += _collapse(history)
     return found
 
 
@@ -308,7 +312,7 @@ class Doctor:
 
     def finish(self, run: Run) -> None:
         """Read the whole history."""
-        self._tell(examine_history(run.history))
+        self._tell(examine_history(run.history, objective=run.objective))
 
     def _follow_k(self, run: Run, epoch: int) -> None:
         batch, _ = _rows(run.model, run.guide, self.valid, 64)

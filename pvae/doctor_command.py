@@ -30,7 +30,7 @@ def doctor(arguments: argparse.Namespace) -> None:
     rows = dataset.valid.x[:_ROWS]
     with commands.threads(dataset):
         findings = examine_data(dataset.train.x) if dataset.kind == "continuous" else []
-        findings += examine_history(run.history)
+        findings += examine_history(run.history, objective=run.objective)
         findings += examine_pair(run.model, run.guide, rows, seed=arguments.seed)
         found = evidence.importance(run.model, run.guide, rows, 200, seed=arguments.seed)
     text = report(findings)

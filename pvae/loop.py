@@ -339,6 +339,7 @@ class Loop:
                     take(self.valid, index),
                     layout=problem.layout,  # type: ignore[arg-type]
                     num_data=problem.num_data,
+                    penalise=False,
                 )
                 sums += metrics(loss).double().cpu()
         return _known(zip(METRICS, (sums / total).tolist(), strict=True))

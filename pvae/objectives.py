@@ -17,46 +17,26 @@ from pyro.params import param_with_module_name
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from pvae.bounds import RenyiBound, elbo, iw_elbo
+from pvae.bounds import RenyiBound, check_bound, elbo
 from pvae.errors import ObjectiveError
-from pvae.gradients import (
-    Gradient,
-    Terms,
-    WakeSleep,
-    doubly_reparameterized,
-    guide_held,
-    pathwise,
-    sleep_phi,
-    stick_the_landing,
-    wake_phi,
-)
+from pvae.gradients import Gradient, Terms, pathwise, stick_the_landing
+from pvae.kl_terms import FreeBits, KLTerm
 from pvae.particles import (
     Layout,
     Particles,
     arguments,
     check_dreams,
+    glance,
     inspect,
     leading_size,
     module_of,
     plate_scale,
     sum_terms,
 )
-from pvae.schedules import Schedule, as_schedule, free_bits
+from pvae.penalties import Penalty
+from pvae.schedules import Schedule, as_schedule
 
-__all__ = [
-    "Loss",
-    "Objective",
-    "PyroObjective",
-    "as_objective",
-    "beta_vae",
-    "dreg",
-    "iwae",
-    "mcem",
-    "rws",
-    "stl",
-    "vae",
-    "wake_sleep",
-]
+__all__ = ["Loss", "Objective", "PyroObjective", "as_objective"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +44,8 @@ class Loss:
     """One evaluation of an objective on a batch.
 
     Attributes:
-        loss: ``()``, minus the mean bound per datum; differentiate this.
+        loss: ``()``, minus the mean bound per datum, and the penalty if there is one;
+            differentiate this.
         bound: ``(B,)`` the quoted bound at the current KL weight, nats per datum.
         elbo: ``(B,)`` the ELBO at KL weight one.
         reconstruction: ``(B,)`` mean over particles of ``log p(x|z)``.
@@ -93,6 +74,8 @@ class Objective:
         num_particles: K.
         beta: Weight of the KL, a number or a schedule ``step -> weight``.
         free_bits: Nats below which a latent site's KL costs nothing (ELBO only).
+        kl_term: What the KL costs instead of ``beta * KL`` (ELBO only); see :mod:`pvae.kl_terms`.
+        penalty: Added to the loss, not to the quoted bound; see :mod:`pvae.penalties`.
         analytic_kl: Use the closed form of each site's KL where Pyro knows it (ELBO only).
         data_plate: Name of the plate that indexes the data, where several could.
         vectorize: Run all particles at once.
@@ -106,6 +89,8 @@ class Objective:
     num_particles: int = 1
     beta: float | Schedule = 1.0
     free_bits: float = 0.0
+    kl_term: KLTerm | None = None
+    penalty: Penalty | None = None
     analytic_kl: bool = False
     data_plate: str | None = None
     vectorize: bool = True
@@ -116,28 +101,48 @@ class Objective:
             raise ObjectiveError(f"num_particles must be at least 1, got {self.num_particles}")
         if not callable(self.beta) and self.beta < 0:
             raise ObjectiveError(f"beta must not be negative, got {self.beta}")
-        if getattr(self.bound, "is_upper", False):
-            raise ObjectiveError(
-                f"{self.bound!r} is an upper bound, and raising it does not raise the evidence: "
-                "train with elbo, iw_elbo or renyi(alpha >= 0) and evaluate it afterwards"
-            )
+        check_bound(self.bound, self.num_particles)
         self.gradient.check(self.bound, self.num_particles)
-        if isinstance(self.gradient, WakeSleep) and self.beta != 1:
+        if not self.gradient.tempers and self.beta != 1:
             raise ObjectiveError(
                 f"{self.gradient!r} follows the posterior of the model as it is, got beta="
                 f"{self.beta!r}: leave beta at 1, or use gradient=score_function"
             )
-        plain = self.additive and self.gradient in (pathwise, stick_the_landing)
-        if self.free_bits and not plain:
-            raise ObjectiveError(
-                "free_bits holds for bound=elbo with gradient=pathwise or stick_the_landing, got "
-                f"{self.bound!r} with {self.gradient!r}"
-            )
+        self._check_terms()
         if self.analytic_kl and not (self.additive and self.gradient == pathwise):
             raise ObjectiveError(
                 "analytic_kl holds for bound=elbo with gradient=pathwise, got "
                 f"{self.bound!r} with {self.gradient!r}: use analytic_kl=False"
             )
+
+    def _check_terms(self) -> None:
+        """Terms of the KL and penalties want the ELBO, or draws that can be differentiated."""
+        plain = self.additive and self.gradient in (pathwise, stick_the_landing)
+        if self.free_bits and self.kl_term is not None:
+            raise ObjectiveError(
+                f"free_bits is a kl_term of its own, got kl_term={self.kl_term!r} as well: leave "
+                "one of them out"
+            )
+        if self._term is not None and not plain:
+            name = "free_bits" if self.free_bits else f"kl_term={self.kl_term!r}"
+            raise ObjectiveError(
+                f"{name} holds for bound=elbo with gradient=pathwise or stick_the_landing, got "
+                f"{self.bound!r} with {self.gradient!r}"
+            )
+        if self.kl_term is not None and self.kl_term.steers and self.beta != 1:
+            raise ObjectiveError(
+                f"{self.kl_term!r} has a schedule of its own, got beta={self.beta!r}: leave beta "
+                "at 1"
+            )
+        if self.penalty is not None and not (self.gradient.has_path and self.vectorize):
+            raise ObjectiveError(
+                f"{self.penalty!r} is differentiated through the draws of all particles at once, "
+                f"got {self.gradient!r} with vectorize={self.vectorize}: use gradient=pathwise"
+            )
+
+    @property
+    def _term(self) -> KLTerm | None:
+        return FreeBits(self.free_bits) if self.free_bits else self.kl_term
 
     @property
     def additive(self) -> bool:
@@ -146,8 +151,20 @@ class Objective:
 
     @property
     def schedule(self) -> Schedule:
-        """The KL weight as a function of the step."""
-        return as_schedule(self.beta)
+        """The KL weight as a function of the step, or what the KL's term has in its place."""
+        term = self.kl_term
+        return term.schedule if term is not None and term.steers else as_schedule(self.beta)
+
+    def parameters(self) -> dict[str, Any]:
+        """What the objective learns by itself (a discriminator), after :meth:`prepare`."""
+        return {
+            f"objective.{role}.{name}": parameter
+            for role, network in self._networks().items()
+            for name, parameter in network.named_parameters()
+        }
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return {} if self.penalty is None else self.penalty.networks()
 
     def prepare(self, model: Any, guide: Any, batch: Any) -> Layout:
         """Look at a pair once: its layout, refused where the objective is unsound for it.
@@ -168,10 +185,19 @@ class Objective:
                 f"site {name!r} is shared by all data, and {self.gradient!r} rewards each datum on "
                 "its own: use gradient=pathwise, or mixed where only local sites are discrete"
             )
-        if isinstance(self.gradient, WakeSleep) and self.gradient.dreams:
+        if layout.globals and self.kl_term is not None and self.kl_term.steers:
+            raise ObjectiveError(
+                f"site {layout.globals[0]!r} is shared by all data, and {self.kl_term!r} counts "
+                "the KL of each datum's own sites: use beta="
+            )
+        if self.gradient.dreams:
             check_dreams(model, batch)
+        if self.penalty is not None:
+            sites = glance(model, guide, batch, layout)
+            self.penalty.check(sites, layout)
+            self.penalty.start(sites)
         module = module_of(guide)
-        if self.needs_score and len(layout.event_dims) > 1 and module is not None:
+        if self.gradient.rescores and len(layout.event_dims) > 1 and module is not None:
             for name, part in module.named_modules():
                 if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p > 0:
                     raise ObjectiveError(
@@ -179,11 +205,6 @@ class Objective:
                         f"({name!r}) would differ between the two: use gradient=pathwise"
                     )
         return layout
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether the guide is weighed a second time with its draws held fixed."""
-        return self.gradient in (stick_the_landing, doubly_reparameterized)
 
     def evaluate(
         self,
@@ -194,6 +215,7 @@ class Objective:
         layout: Layout,
         beta: Any = 1.0,
         num_data: int | None = None,
+        penalise: bool = True,
     ) -> Loss:
         """The objective on one batch, with everything that is logged about it.
 
@@ -204,12 +226,15 @@ class Objective:
             layout: From :meth:`prepare`.
             beta: KL weight at this step.
             num_data: N, by which global sites are divided; the batch's own size if ``None``.
+            penalise: Whether the loss has its penalty, which the bound never has.
         """
-        options = {"analytic_kl": True} if self.analytic_kl else {}
+        penalised = penalise and self.penalty is not None
+        wanted = {"analytic_kl": self.analytic_kl, "sites": penalised}
+        options = {name: True for name, want in wanted.items() if want}
         particles = self.gradient.draw(
             model, guide, batch, self.num_particles, layout=layout, **options
         )
-        weighs = not self.additive or isinstance(self.gradient, WakeSleep)
+        weighs = not self.additive or self.gradient.weighs
         if particles.relative_scale and weighs:
             role, site = next(iter(particles.relative_scale))
             raise ObjectiveError(
@@ -219,13 +244,20 @@ class Objective:
             )
         factor = _relative(particles.scale, particles.plate_scale)
         surrogate = self._surrogate(particles, layout, beta)
-        quoted = self._quoted(particles, beta)
+        steered = self.kl_term is not None and self.kl_term.steers
+        quoted = self._quoted(particles, 1.0 if steered else beta)
         kl = self._site_kl(particles, particles.log_q)
         reconstruction = particles.log_likelihood.mean(0)
         total_kl = sum_terms(kl).mean(0)
         per_datum = (factor * surrogate).mean() + self._globals(particles, beta, num_data)
         value = (factor * quoted).mean() + self._globals(particles, beta, num_data)
         loss = -(per_datum - per_datum.detach() + value.detach())
+        if self.penalty is not None and particles.sites is not None:
+            rows = particles.shape[1] * particles.plate_scale
+            penalty = self.penalty(
+                particles.sites, beta, num_data if num_data is not None else rows
+            )
+            loss = loss + torch.as_tensor(factor).mean() * penalty
         return Loss(
             loss=loss,
             bound=quoted.detach(),
@@ -255,7 +287,7 @@ class Objective:
     def _surrogate(self, particles: Particles, layout: Layout, beta: Any) -> Tensor:
         log_q = _scaled(particles, "q", particles.log_q)
         held = self._held(particles)
-        if particles.kl is not None or self.free_bits:
+        if particles.kl is not None or self._term is not None:
             kl = _scaled(particles, "q", self._site_kl(particles, held or particles.log_q))
             return self._elbo(particles, kl, beta)
         likelihood = sum_terms(_scaled(particles, "p", particles.likelihood))
@@ -267,6 +299,7 @@ class Objective:
             held=None if held is None else sum_terms(_scaled(particles, "q", held)),
             score=sum_terms({n: t for n, t in particles.log_q.items() if n in score_sites}),
             dreams=particles.dreams,
+            relaxed=particles.relaxed,
         )
         return self.gradient.surrogate(self.bound, terms, beta, particles.gate)
 
@@ -282,11 +315,8 @@ class Objective:
 
     def _elbo(self, particles: Particles, kl: dict[str, Tensor], beta: Any) -> Tensor:
         reconstruction = sum_terms(_scaled(particles, "p", particles.likelihood)).mean(0)
-        if not self.free_bits:
-            total = sum_terms(kl).mean(0)
-        else:
-            total = torch.stack([free_bits(term, self.free_bits) for term in kl.values()]).sum()
-        value: Tensor = reconstruction - beta * total
+        cost = beta * sum_terms(kl).mean(0) if self._term is None else self._term(kl, beta)
+        value: Tensor = reconstruction - cost
         return value
 
     def _globals(self, particles: Particles, beta: Any, num_data: int | None) -> Any:
@@ -318,6 +348,8 @@ class Objective:
             registers_itself = isinstance(module, pyro.nn.PyroModule) and unwrap(program) is module
             if module is not None and not registers_itself:
                 _register(module)
+        for network in self._networks().values():
+            _register(network)
         loss = self.evaluate(
             model, guide, batch, layout=state["layout"], beta=self.schedule(state["step"])
         )
@@ -381,6 +413,10 @@ class PyroObjective:
         """Pyro's ELBOs have no KL weight: one."""
         return as_schedule(1.0)
 
+    def parameters(self) -> dict[str, Any]:
+        """They learn nothing by themselves."""
+        return {}
+
     def prepare(self, model: Any, guide: Any, batch: Any) -> None:
         """Pyro looks at the pair itself; only the plate's N/B is taken from it here."""
         self._plate_scale["data"] = plate_scale(model, batch)
@@ -394,6 +430,7 @@ class PyroObjective:
         layout: Any = None,
         beta: Any = 1.0,
         num_data: int | None = None,
+        penalise: bool = True,
     ) -> Loss:
         """Pyro's differentiable loss over the number of data it counts: the mean per datum."""
         args, kwargs = arguments(batch)
@@ -427,45 +464,3 @@ def as_objective(objective: Any) -> Objective | PyroObjective:
         f"objective must be a pvae.Objective or a pyro.infer ELBO, got {objective!r}: try "
         "pvae.vae()"
     )
-
-
-def vae(num_particles: int = 1, **options: Any) -> Objective:
-    """The ELBO with the pathwise gradient (Kingma & Welling 2014)."""
-    return Objective(num_particles=num_particles, **options)
-
-
-def beta_vae(beta: float | Schedule = 4.0, num_particles: int = 1, **options: Any) -> Objective:
-    """The ELBO with its KL weighted by ``beta`` (Higgins et al. 2017)."""
-    return Objective(beta=beta, num_particles=num_particles, **options)
-
-
-def iwae(num_particles: int = 50, **options: Any) -> Objective:
-    """The importance-weighted ELBO with the pathwise gradient (Burda et al. 2016)."""
-    return Objective(bound=iw_elbo, num_particles=num_particles, **options)
-
-
-def dreg(num_particles: int = 50, **options: Any) -> Objective:
-    """The IW-ELBO with the doubly reparameterised gradient (Tucker et al. 2019)."""
-    return Objective(
-        bound=iw_elbo, gradient=doubly_reparameterized, num_particles=num_particles, **options
-    )
-
-
-def stl(num_particles: int = 1, **options: Any) -> Objective:
-    """The ELBO with the stick-the-landing gradient (Roeder et al. 2017)."""
-    return Objective(gradient=stick_the_landing, num_particles=num_particles, **options)
-
-
-def wake_sleep(num_particles: int = 1, **options: Any) -> Objective:
-    """Wake-sleep: the model by the ELBO, the guide on dreams (Hinton et al. 1995)."""
-    return Objective(gradient=sleep_phi, num_particles=num_particles, **options)
-
-
-def rws(num_particles: int = 10, gradient: Gradient = wake_phi, **options: Any) -> Objective:
-    """Reweighted wake-sleep: IW-ELBO, guide by its weights (Bornschein & Bengio 2015)."""
-    return Objective(bound=iw_elbo, gradient=gradient, num_particles=num_particles, **options)
-
-
-def mcem(num_particles: int = 10, gradient: Gradient = guide_held, **options: Any) -> Objective:
-    """Monte-Carlo EM: the model on weighed draws of a guide that is held (Wei & Tanner 1990)."""
-    return Objective(bound=iw_elbo, gradient=gradient, num_particles=num_particles, **options)

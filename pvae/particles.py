@@ -29,11 +29,13 @@ __all__ = [
     "LatentSite",
     "Layout",
     "Particles",
+    "Relaxed",
     "by_datum",
     "check_continuous",
     "check_dreams",
     "draw",
     "generate",
+    "glance",
     "inspect",
     "latent_sites",
     "log_guide",
@@ -80,6 +82,8 @@ class Particles:
         plate_scale: The part of ``scale`` that is due to a subsampled data plate.
         relative_scale: Terms whose factor differs from the common one -> that ratio.
         gate: Scales the gradient that flows from the model into the draws, where one was asked for.
+        sites: Local latent site -> its draws, posterior and prior. Only with ``draw(sites=True)``.
+        relaxed: The model weighed once more, at relaxed draws. Only with ``draw(relax=...)``.
     """
 
     values: dict[str, Tensor]
@@ -96,6 +100,8 @@ class Particles:
     plate_scale: float = 1.0
     relative_scale: dict[tuple[str, str], Scale] = field(default_factory=dict)
     gate: Gate | None = None
+    sites: dict[str, LatentSite] | None = None
+    relaxed: Relaxed | None = None
 
     @property
     def log_weights(self) -> Tensor:
@@ -127,6 +133,25 @@ class Particles:
         """``(K, B)``."""
         num_particles, num_data = next(iter(self.log_p.values())).shape
         return num_particles, num_data
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """A discrete site's draws made continuous, and what model and guide say of them.
+
+    Attributes:
+        name: The site.
+        leaf: Relaxed draws, held fixed, ``(K, B, event)``.
+        path: Zeros of that shape whose derivative is the control variate's.
+        likelihood: ``log p(x | leaf)``, ``(K, B)``, differentiable in ``leaf``.
+        kl: ``log q(leaf | x) - log p(leaf)``, both made linear in ``leaf``, likewise.
+    """
+
+    name: str
+    leaf: Tensor
+    path: Tensor
+    likelihood: Tensor
+    kl: Tensor
 
 
 def sum_terms(terms: Mapping[str, Tensor]) -> Tensor:
@@ -263,6 +288,8 @@ def draw(
     detach: bool = False,
     analytic_kl: bool = False,
     dream: bool = False,
+    sites: bool = False,
+    relax: Callable[[Any, Tensor], tuple[Tensor, Tensor, Any]] | None = None,
     gate: Gate | None = None,
     layout: Layout | None = None,
     data_plate: str | None = None,
@@ -283,6 +310,10 @@ def draw(
         detach: Cut the pathwise derivative of every draw (for score-function gradients).
         analytic_kl: Also give each latent site's KL in closed form where it is known.
         dream: Also weigh by the guide what the model draws itself (see :attr:`Particles.dreams`).
+        sites: Also give each local latent site's distributions (see :attr:`Particles.sites`).
+        relax: Gets the distribution and the draws of a guide's only site and gives the relaxed
+            draws held fixed, the path to their parameters, and a function of a distribution and
+            them, its log density made continuous (see :class:`Relaxed`).
         gate: Passed through on the way from the draws into the model (see :class:`Gate`).
         layout: What :func:`inspect` found for this pair; spares looking, and the checks.
         data_plate: Name of the plate that indexes the data, where several could.
@@ -300,8 +331,9 @@ def draw(
     if layout is None:
         layout = inspect(model, guide, batch, data_plate=data_plate, vectorize=vectorize)
     one_pass = functools.partial(
-        _draw, model, guide, batch, layout, score=score, detach=detach, analytic_kl=analytic_kl
-    )
+        _draw, model, guide, batch, layout,
+        score=score, detach=detach, analytic_kl=analytic_kl, sites=sites, relax=relax,
+    )  # fmt: skip
     if layout.vectorize:
         particles = one_pass(num_particles, gate=gate)
     else:
@@ -326,6 +358,8 @@ def _draw(
     score: bool,
     detach: bool,
     analytic_kl: bool,
+    sites: bool,
+    relax: Callable[[Any, Tensor], tuple[Tensor, Tensor, Any]] | None,
     gate: Gate | None,
 ) -> Particles:
     """One pass through both programs; without a particle dimension if not ``layout.vectorize``."""
@@ -344,7 +378,42 @@ def _draw(
     if analytic_kl:
         kl = _closed_form_kl(model_trace, guide_trace, particles, layout, num_particles)
         particles = dataclasses.replace(particles, kl=kl)
+    if sites:
+        local = _latent_sites(guide_trace, model_trace, layout)
+        particles = dataclasses.replace(particles, sites=local)
+    if relax is not None and torch.is_grad_enabled():
+        relaxed = _relaxed(model, batch, guide_trace, layout, num_particles, relax)
+        particles = dataclasses.replace(particles, relaxed=relaxed)
     return particles
+
+
+def _relaxed(
+    model: Program,
+    batch: Batch,
+    guide_trace: Any,
+    layout: Layout,
+    num_particles: int,
+    relax: Callable[[Any, Tensor], tuple[Tensor, Tensor, Any]],
+) -> Relaxed:
+    """The model at relaxed values of the guide's only site, which no support would admit."""
+    ((name, node),) = _latents(guide_trace).items()
+    leaf, path, density = relax(node["fn"], node["value"])
+    values = {**_site_values(guide_trace), name: leaf}
+    try:
+        with pyro.validation_enabled(False):
+            trace = _run_model(model, batch, values, num_particles, layout)
+            num_data = _num_data(trace, layout, batch)
+            terms = _terms(_sites(trace), layout, num_particles, num_data)
+    except Exception as error:
+        raise ProgramError(
+            f"the model does not run at relaxed values of site {name!r} ({_reason(error)}): let it "
+            "take numbers between 0 and 1 there, or use gradient=pvae.gradients.score_function"
+        ) from error
+    local = {n: t for n, t in terms.items() if t.dim() == 2}
+    likelihood = sum_terms({n: t for n, t in local.items() if n in layout.observed})
+    kl = density(node["fn"], leaf) - density(trace.nodes[name]["fn"], leaf)
+    kl = kl.reshape(num_particles, num_data, -1).sum(-1)
+    return Relaxed(name, leaf, path, likelihood, kl)
 
 
 def sample_guide(
@@ -383,6 +452,16 @@ def latent_sites(
     """Draws of the guide with ``q(site | ...)`` and ``p(site | ...)`` of each local latent site."""
     guide_trace = _run_guide(guide, batch, num_particles, layout, detach=False)
     model_trace = _run_model(model, batch, _site_values(guide_trace), num_particles, layout)
+    return _latent_sites(guide_trace, model_trace, layout)
+
+
+def glance(model: Program, guide: Program, batch: Batch, layout: Layout) -> dict[str, LatentSite]:
+    """One particle's :func:`latent_sites`, without gradients; random streams stay as they were."""
+    with _quiet(batch):
+        return latent_sites(model, guide, batch, 1, layout)
+
+
+def _latent_sites(guide_trace: Any, model_trace: Any, layout: Layout) -> dict[str, LatentSite]:
     return {
         name: LatentSite(
             guide_trace.nodes[name]["value"],

@@ -514,6 +514,7 @@ def _restore(
     from pvae.particles import named_tensors, parameters
 
     own = named_tensors(model, guide)
+    tensors = {n: t for n, t in tensors.items() if not n.startswith("objective.")}
     if any(name.startswith("store.") for name in tensors):
         own |= parameters(model, guide, torch.zeros(2, x_dim))
     for name in sorted(own.keys() ^ tensors.keys()):

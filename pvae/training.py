@@ -31,9 +31,10 @@ from pvae.errors import OptionError, ProgramError, RunError, did_you_mean
 from pvae.interrupts import Interrupts
 from pvae.locks import locked
 from pvae.loop import Loop, Run, unwritable
-from pvae.objectives import Objective, PyroObjective, as_objective, vae
+from pvae.objectives import Objective, PyroObjective, as_objective
 from pvae.particles import Layout, arguments, check_support, module_of, parameters
 from pvae.precision import precision_context
+from pvae.recipes import vae
 from pvae.resumption import (
     Saver,
     as_every,
@@ -166,6 +167,7 @@ def fit(
         steps_per_epoch = math.ceil(total / batch_size)
         factor = _lr_factor(lr_schedule, steps_per_epoch * epochs)
         build = functools.partial(build_optimizer, optimizer, lr=lr, options=optimizer_options)
+        weights |= goal.parameters()
         optim = build(list(weights.values()))
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
@@ -334,6 +336,8 @@ def _in_words(value: Any) -> Any:
 
 
 def _warn_of_beta(objective: Objective | PyroObjective, steps: int) -> None:
+    if getattr(getattr(objective, "kl_term", None), "steers", False):
+        return  # what is scheduled is no KL weight, and the bound is the ELBO
     final = objective.schedule(steps - 1)
     if abs(final - 1) > 1e-6:
         warnings.warn(

@@ -17,6 +17,7 @@ import torch
 
 import pvae
 from pvae import catalogue, runs
+from pvae.checkpoints import load_tensors
 from pvae.cli import main
 from pvae.errors import ObjectiveError, OptionError
 from pvae.models.vae import VAE
@@ -79,7 +80,11 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("vae", "gaussian", "dreg", "mnist-static", "kernel-density", "adamw"):
         assert f"\n  {name} " in page
     plain = {"vae", "beta_vae", "iwae", "dreg", "stl"}
-    assert catalogue.objectives().keys() == plain | {"wake_sleep", "rws", "mcem"}
+    assert catalogue.objectives().keys() == plain | {
+        "wake_sleep", "rws", "mcem", "rebar", "vimco", "renyi_vae", "miwae", "piwae", "ciwae", 
+        "tvo", "chivi", "beta_tcvae", "factor_vae", "dip_vae", "info_vae", "wae", "capacity_vae",
+        "free_bits_vae", "balanced_vae",
+    }  # fmt: skip
 
 
 def test_broken_pipe_is_quiet() -> None:
@@ -96,6 +101,15 @@ def test_broken_pipe_is_quiet() -> None:
 
 
 # --- train ---------------------------------------------------------------------------------------
+
+
+def test_what_an_objective_learns_is_kept_and_not_taken_for_the_pair(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ["--objective", "factor_vae", "--objective.gamma", "5"]
+    assert main(["train", "vae", *QUICK, *options, "--run-dir", str(folder)]) == 0
+    names = load_tensors(folder / "checkpoints" / "best")[0]
+    assert sum(name.startswith("objective.discriminator.") for name in names) == 8
+    pvae.load(folder)
 
 
 def test_train_writes_one_folder(trained: Path) -> None:
