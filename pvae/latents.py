@@ -34,7 +34,16 @@ from pvae.particles import (
     sample_observed,
 )
 
-__all__ = ["Blocks", "Codes", "decode", "encode", "is_discrete", "opened", "reconstruct"]
+__all__ = [
+    "Blocks",
+    "Codes",
+    "decode",
+    "encode",
+    "is_discrete",
+    "opened",
+    "reconstruct",
+    "repeated",
+]
 
 _STREAM = 103 * 10**7  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = {"cpu": 2**12}  # particles x data held at once
@@ -150,7 +159,7 @@ def decode(
     """
     given = {name: torch.as_tensor(value) for name, value in latents.items()}
     total = _common_rows(given)
-    rows = _repeated(like, total)
+    rows = repeated(like, total)
     pieces = []
     with opened(
         model, prior_of(model), rows, 1, max_pairs, seed, data_plate, vectorize=vectorize
@@ -382,7 +391,8 @@ def _common_rows(latents: Mapping[str, Tensor]) -> int:
     return next(iter(sizes.values()))
 
 
-def _repeated(like: Any, total: int) -> Any:
+def repeated(like: Any, total: int) -> Any:
+    """A template of one row or ``total`` as one of ``total``."""
     batch = as_batch(like)
     rows = num_rows(batch)
     if rows not in (1, total):
