@@ -9,8 +9,8 @@ for codes whose dimensions are the factors and low where they know nothing of th
   factor k: *disentanglement*, ``1 - H_K(R[j, :])`` weighted by the share of j in all importance;
   *completeness*, ``1 - H_L(R[:, k])``, mean over k; *informativeness*, the accuracy on held-out
   data.
-- SAP, the separated attribute predictability (Kumar et al. 2018): the mean over k of the gap between
-  the two dimensions that predict factor k best by thresholds.
+- SAP, the separated attribute predictability (Kumar et al. 2018): the mean over k of the gap
+  between the two dimensions that predict factor k best by thresholds.
 - FactorVAE (Kim & Mnih 2018): the accuracy of the majority vote that tells which factor was held
   fixed from the dimension that varied least.
 
@@ -267,12 +267,14 @@ def _checked(codes: Any, factors: Any) -> tuple[Array, Array]:
 
 
 def _numpy(values: Any) -> Array:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array: Any = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    return np.asarray(array)
 
 
 def _constant(table: Array) -> Array:
     # Rounding gives a constant such as 0.1 a tiny standard deviation.
-    return np.asarray(table.max(0) == table.min(0))
+    same: Array = table.max(0) == table.min(0)
+    return same
 
 
 def _binned(code: Array, bins: int) -> Array:
