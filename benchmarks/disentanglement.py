@@ -3,8 +3,8 @@
     PVAE_DATA=... python benchmarks/disentanglement.py [--betas 1,4,8] [--seeds 2] [--epochs 25]
 
 Figures of 3x32x32 grey levels in [0, 1], continuous Bernoulli, 3072-256-256-10 and back. Each run
-learns from the same frames of training characters; the scores are those of posterior means of frames
-of test characters, all six factors (body, bottom, top, hair, action, frame). What each score
+learns from the same frames of training characters; the scores are those of posterior means of
+frames of test characters, all six factors (body, bottom, top, hair, action, frame). What each score
 estimates is stated in ``pvae.disentanglement``.
 """
 

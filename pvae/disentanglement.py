@@ -281,7 +281,8 @@ def _binned(code: Array, bins: int) -> Array:
     low, high = code.min(), code.max()
     if low == high:
         return np.zeros(len(code), dtype=int)
-    return np.minimum((code - low) / (high - low) * bins, bins - 1).astype(int)
+    found: Array = np.minimum((code - low) / (high - low) * bins, bins - 1).astype(int)
+    return found
 
 
 def _entropy(counts: Array) -> float:

@@ -144,9 +144,8 @@ def _frames(kinds: Sequence[Sequence[Layer]], character: int, shrink: int) -> Im
     layers = [each[number] for each, number in zip(kinds, numbers, strict=True)]
     image = compose(layers, (_FRAMES, 64, 64))
     if shrink > 1:
-        places = [slice(start, None, shrink) for start in range(shrink)]
-        total = sum(
-            image[:, down, across].astype(np.uint16) for down in places for across in places
-        )
+        corners = itertools.product(range(shrink), repeat=2)
+        parts = [image[:, down::shrink, across::shrink] for down, across in corners]
+        total = np.sum(parts, 0, dtype=np.uint16)
         image = ((total + shrink**2 // 2) // shrink**2).astype(np.uint8)
     return np.ascontiguousarray(np.moveaxis(image, -1, 1))
