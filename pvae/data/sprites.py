@@ -142,10 +142,10 @@ def _frames(kinds: Sequence[Sequence[Layer]], character: int, shrink: int) -> Im
     """All frames of a character, ``(72, 3, 64 / shrink, 64 / shrink)``."""
     numbers = (character // 216, character // 36 % 6, character // 6 % 6, character % 6, 0)
     layers = [each[number] for each, number in zip(kinds, numbers, strict=True)]
-    image = compose(layers, (_FRAMES, 64, 64))
+    image: NDArray[Any] = compose(layers, (_FRAMES, 64, 64))
     if shrink > 1:
         corners = itertools.product(range(shrink), repeat=2)
         parts = [image[:, down::shrink, across::shrink] for down, across in corners]
-        total = np.sum(parts, 0, dtype=np.uint16)
-        image = ((total + shrink**2 // 2) // shrink**2).astype(np.uint8)
-    return np.ascontiguousarray(np.moveaxis(image, -1, 1))
+        total: Any = np.sum(parts, 0, dtype=np.uint16)
+        image = (total + shrink**2 // 2) // shrink**2
+    return np.ascontiguousarray(np.moveaxis(image, -1, 1), np.uint8)
