@@ -6,6 +6,7 @@ Everything heavy is imported inside the functions, so that ``pvae --help`` answe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import io
@@ -20,7 +21,7 @@ from pvae.errors import DataError, OptionError, ProgramError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pvae.data import Dataset
+    from pvae.data import Dataset, Split
     from pvae.training import Run
 
 __all__ = ["encode", "interpolate", "out_of_distribution", "reconstruct", "traverse"]
@@ -127,13 +128,12 @@ def traverse(arguments: argparse.Namespace) -> None:
 
 
 def out_of_distribution(arguments: argparse.Namespace) -> None:
-    """``pvae ood``: scores of held-out data and of other data, and how well they tell them apart."""
+    """``pvae ood``: scores of held-out data and of other data, and whether they tell them apart."""
     _at_least("num-particles", arguments.num_particles, 1)
     _at_least("num-data", arguments.num_data, 2)
     folder = Path(arguments.run)
-    config, run = runs.read_config(folder), runs.load(folder)
-    dataset = _data_for(config, arguments.data)
-    other = _data_for(config, arguments.against)
+    run, dataset = _opened(arguments)
+    other = _other(runs.read_config(folder), arguments.against)
     inside, outside = (each.test.x[: arguments.num_data] for each in (dataset, other))
     reference = dataset.valid.x[: arguments.num_data]
     from pvae import galleries
@@ -173,7 +173,32 @@ def out_of_distribution(arguments: argparse.Namespace) -> None:
 def _opened(arguments: argparse.Namespace) -> tuple[Run, Dataset]:
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
-    return run, _data_for(config, arguments.data)
+    return run, _data_for(config, None) if arguments.data is None else _other(
+        config, arguments.data
+    )
+
+
+def _other(config: dict[str, Any], name: str) -> Dataset:
+    """Other data, moved to the model's scale as the training data were.
+
+    Standardised by their own moments, data from elsewhere would look like those from here.
+    """
+    from pvae.data import Split
+
+    other, transform = _data_for(config, name), _data_for(config, None).transform
+    back = other.transform.inverse
+
+    def moved(split: Split) -> Split:
+        x = back(split.x)
+        return Split(transform(x), transform.log_abs_det_jacobian(x.double()), split.labels)
+
+    return dataclasses.replace(
+        other,
+        train=moved(other.train),
+        valid=moved(other.valid),
+        test=moved(other.test),
+        transform=transform,
+    )
 
 
 def _observed(run: Run, rows: Tensor) -> str:
@@ -232,7 +257,8 @@ def _write_arrays(target: Path, arrays: Mapping[str, Tensor]) -> str:
         raise DataError(f"a latent site with a slash in its name cannot be written: {list(arrays)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    np.savez(content, **{name: value.numpy() for name, value in arrays.items()})
+    found: dict[str, Any] = {name: value.numpy() for name, value in arrays.items()}
+    np.savez(content, **found)
     write_aside(target, content.getvalue())
     return hashlib.sha256(content.getvalue()).hexdigest()
 
