@@ -68,7 +68,7 @@ def sample_grid(
 
 
 def pairs(
-    data: Tensor, reconstructed: Tensor, image_shape: Sequence[int], *, columns: int = 4
+    data: Tensor, reconstructed: Tensor, image_shape: Sequence[int], *, columns: int = 6
 ) -> Figure:
     """Originals, each with its reconstruction on its right.
 
@@ -96,7 +96,10 @@ def pairs(
         both = np.stack([x[rows], y[rows]], 1).reshape(-1, x.shape[1])
         blank = np.full((2 * (down - len(rows)), x.shape[1]), np.nan)
         _picture(axes, _mosaic(_images(np.concatenate([both, blank]), image_shape), 2), low, high)
-    figure.set_size_inches(_WIDTH, _WIDTH / columns / 2 * _aspect(image_shape) * down + 0.4)
+    height = 0.88 * _WIDTH / columns / 2 * _aspect(image_shape) * down
+    figure.set_size_inches(_WIDTH, height + 0.4)
+    engine: Any = figure.get_layout_engine()
+    engine.set(wspace=0.12)  # pairs stand apart
     figure.suptitle("data (left of each pair) and reconstructions (right)", fontsize=10)
     return figure
 
@@ -178,7 +181,7 @@ def traversals(
     pitch = mosaic.shape[0] / count, mosaic.shape[1] / steps
     axes.set_yticks([(k + 0.5) * pitch[0] for k in range(count)], [names[k] for k in order])
     ends = (0, steps // 2, steps - 1)
-    quantiles = [f"{float(traversal.quantiles[k]):.0%}" for k in ends]
+    quantiles = [f"{100 * float(traversal.quantiles[k]):.3g} %" for k in ends]
     axes.set_xticks([(k + 0.5) * pitch[1] for k in ends], quantiles)
     axes.tick_params(length=0, labelsize=9)
     axes.set_title("quantile of the prior, one latent dimension at a time", fontsize=10)
