@@ -1,7 +1,8 @@
-"""The command line: ``pvae train | evaluate | diagnose | compare | board | sample | list``.
+"""The command line: ``pvae train | evaluate | diagnose | compare | board | sample | list | …``.
 
-It reads words, options and configuration files; :mod:`pvae.commands` does the work. A mistake of
-the user's is one line on standard error and an exit code that is not zero.
+It reads words, options and configuration files; :mod:`pvae.commands` and
+:mod:`pvae.latent_commands` do the work. A mistake of the user's is one line on standard error and
+an exit code that is not zero.
 """
 
 from __future__ import annotations

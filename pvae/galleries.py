@@ -224,7 +224,7 @@ def scores(detections: Mapping[str, Detection]) -> Figure:
             shares = np.full(len(x), 1 / len(x))
             kept = np.clip(x, edges[0], edges[-1])
             axes.hist(kept, edges, weights=shares, color=colour, alpha=0.55, label=label)
-        axes.set(xlabel=f"{_words(name)} (nats)", ylabel="share of the data")
+        axes.set(xlabel=f"score by {_words(name)} (nats)", ylabel="share of the data")
         axes.set_title(f"AUROC {found.auroc.value:.3f} ± {found.auroc.stderr:.3f}", fontsize=10)
         axes.legend(frameon=False, fontsize=9)
     for axes in grid[len(detections) :]:

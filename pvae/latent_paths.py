@@ -101,7 +101,7 @@ def between(a: Tensor, b: Tensor, steps: int, *, path: str = "linear") -> Tensor
     if path not in PATHS:
         raise OptionError(f"no path is called {path!r}: {did_you_mean(path, PATHS)}")
     t = torch.linspace(0, 1, steps, dtype=a.dtype, device=a.device).reshape(-1, 1, 1)
-    first, last = a.flatten(1), b.flatten(1)
+    first, last = a.reshape(len(a), -1), b.reshape(len(b), -1)
     left, right = 1 - t, t
     if path == "spherical":
         cosine = torch.nn.functional.cosine_similarity(first, last, dim=1)[:, None]
@@ -162,7 +162,7 @@ def traverse(
     moved, values = [], []
     for name, index in chosen:
         settings = ranges[name][:, :, index]  # (T, N)
-        base = codes.mean[name].flatten(1).repeat(steps, 1)
+        base = codes.mean[name].reshape(size, -1).repeat(steps, 1)
         base[:, index] = settings.flatten()
         latents = {n: v.repeat(steps, *[1] * (v.dim() - 1)) for n, v in codes.mean.items()}
         latents[name] = base.reshape(latents[name].shape)
@@ -178,7 +178,7 @@ def traverse(
 def _chosen(
     codes: Codes, site: str | None, dimensions: Sequence[int] | None
 ) -> list[tuple[str, int]]:
-    real = {n: v.flatten(1).shape[1] for n, v in codes.mean.items() if n not in codes.discrete}
+    real = {n: v[0].numel() for n, v in codes.mean.items() if n not in codes.discrete}
     if not real:
         raise ProgramError(
             f"the latent sites ({', '.join(codes.mean)}) are discrete: only real ones can be "
@@ -214,7 +214,7 @@ def _prior_quantiles(
                     if not empirical:
                         drawn, _ = sample_guide(prior_of(model), rows, _PRIOR_DRAWS, work.layout)
                         empirical = {n: by_datum(drawn[n], work.layout, n) for n in exact}
-                    values = empirical[name].flatten(2)
+                    values = empirical[name].reshape(*empirical[name].shape[:2], -1)
                     table = torch.quantile(values, quantiles.to(values), dim=0)
                 found.setdefault(name, []).append(table.cpu())
     return {name: torch.cat(tables, 1) for name, tables in found.items()}
@@ -231,5 +231,6 @@ def _exact_quantiles(
             rows.append(prior.icdf(quantile).expand(site.value.shape))
     except (AttributeError, NotImplementedError):
         return None
-    table = torch.stack([by_datum(row, layout, name).flatten(2) for row in rows])  # (T, 2, N, D)
+    placed = torch.stack([by_datum(row, layout, name) for row in rows])
+    table = placed.reshape(*placed.shape[:3], -1)  # (T, 2, N, D)
     return table[:, 0] if torch.equal(table[:, 0], table[:, 1]) else None

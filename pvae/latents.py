@@ -77,7 +77,7 @@ class Codes:
             ProgramError: No site is real.
         """
         chosen = self.mean if draw is None else {n: d[draw] for n, d in self.draws.items()}
-        columns = [v.flatten(1) for n, v in chosen.items() if n not in self.discrete]
+        columns = [v.reshape(len(v), -1) for n, v in chosen.items() if n not in self.discrete]
         if not columns:
             raise ProgramError(f"the latent sites {_listed(self.mean)} are discrete: none is real")
         return torch.cat(columns, 1)

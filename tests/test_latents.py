@@ -163,6 +163,19 @@ def test_what_is_not_observed_is_passed_on():
     tight(moved, 10 * y)
 
 
+def test_a_site_of_single_numbers():
+    x, y = torch.randn(4).double(), torch.arange(4.0).double()
+    batch = {"x": x, "y": y}
+    pair = Labelled(), labelled_guide
+    tight(encode(*pair, batch).matrix(), ((x - y) / 2)[:, None])
+    other = {"x": x + 1, "y": y}
+    for path in ("linear", "spherical"):
+        steps = interpolate(*pair, batch, other, steps=3, path=path)["x"]
+        tight(steps[-1], reconstruct(*pair, other)["x"])
+    found = traverse(*pair, batch, steps=3)
+    tight(found.decoded["x"], found.values + y)
+
+
 def test_an_autoregressive_decoder_is_refused():
     def model(x):
         with pyro.plate("data", len(x), dim=-1):

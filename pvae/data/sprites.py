@@ -75,7 +75,7 @@ def sprites(root: str | Path | None) -> Arrays:
 
 
 def sprites_32(root: str | Path | None) -> Arrays:
-    """The same figures at 3x32x32 pixels, means over squares of four, rounded."""
+    """The figures of sprites at 3x32x32 pixels: means over squares of four, rounded."""
     return _read(root, 2)
 
 
