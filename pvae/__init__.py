@@ -25,16 +25,22 @@ _HOME = {
     "bounds": None,
     "compare": "pvae.comparison",
     "data": None,
+    "disentanglement": None,
     "draw": "pvae.particles",
     "dreg": "pvae.recipes",
     "evidence": None,
     "fit": "pvae.training",
+    "galleries": None,
     "gradients": None,
     "guides": None,
     "iwae": "pvae.recipes",
+    "latent_density": None,
+    "latent_paths": None,
+    "latents": None,
     "load": "pvae.runs",
     "mcem": "pvae.recipes",
     "models": None,
+    "out_of_distribution": None,
     "plots": None,
     "rws": "pvae.recipes",
     "schedules": None,
@@ -63,10 +69,16 @@ if TYPE_CHECKING:
     from pvae import baselines as baselines
     from pvae import bounds as bounds
     from pvae import data as data
+    from pvae import disentanglement as disentanglement
     from pvae import evidence as evidence
+    from pvae import galleries as galleries
     from pvae import gradients as gradients
     from pvae import guides as guides
+    from pvae import latent_density as latent_density
+    from pvae import latent_paths as latent_paths
+    from pvae import latents as latents
     from pvae import models as models
+    from pvae import out_of_distribution as out_of_distribution
     from pvae import plots as plots
     from pvae import schedules as schedules
     from pvae.alternation import Alternate as Alternate

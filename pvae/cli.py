@@ -1,7 +1,8 @@
 """The command line: ``pvae train | evaluate | compare | …``, one function a command.
 
-It reads words, options and configuration files; :mod:`pvae.commands` does the work. A mistake of
-the user's is one line on standard error and an exit code that is not zero.
+It reads words, options and configuration files; :mod:`pvae.commands` and
+:mod:`pvae.latent_commands` do the work. A mistake of the user's is one line on standard error and
+an exit code that is not zero.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pvae import __version__, catalogue, commands, doctor_command, runs, sweep_commands
+from pvae import (
+    __version__,
+    catalogue,
+    commands,
+    doctor_command,
+    latent_commands,
+    runs,
+    sweep_commands,
+)
 from pvae.errors import OptionError, PvaeError, did_you_mean
 
 __all__ = ["main"]
@@ -263,6 +272,74 @@ def _fill_sample(parser: _Parser) -> None:
     parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
 
 
+def _fill_use(parser: _Parser, out: str) -> None:
+    """What every command that uses a trained run takes."""
+    parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
+    parser.add_argument("--data", metavar="D", help="other data than the run was trained on")
+    parser.add_argument("--out", metavar="FILE", help=out)
+    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+
+
+def _fill_encode(parser: _Parser) -> None:
+    _fill_use(parser, ".npz (RUN/latents-SPLIT.npz)")
+    parser.add_argument(
+        "--split", choices=("test", "valid", "train"), default="test", help="which data (test)"
+    )
+    parser.add_argument(
+        "--num-draws", type=_whole, metavar="S", default=0, help="draws per datum to keep too (0)"
+    )
+
+
+def _fill_reconstruct(parser: _Parser) -> None:
+    _fill_use(parser, ".png or .npy (RUN/figures/reconstructions_of_test.png)")
+    parser.add_argument("--size", type=_whole, metavar="N", default=48, help="test data (48)")
+    parser.add_argument(
+        "--num-draws",
+        type=_whole,
+        metavar="S",
+        help="average over so many draws of the guide instead of decoding its mean",
+    )
+
+
+def _fill_interpolate(parser: _Parser) -> None:
+    _fill_use(parser, ".png or .npy (RUN/figures/interpolations.png)")
+    parser.add_argument("--size", type=_whole, metavar="N", default=8, help="paths (8)")
+    parser.add_argument("--steps", type=_whole, metavar="T", default=9, help="of a path (9)")
+    parser.add_argument("--path", metavar="P", default="linear", help="linear or spherical")
+
+
+def _fill_traverse(parser: _Parser) -> None:
+    _fill_use(parser, ".png or .npy (RUN/figures/traversals.png)")
+    parser.add_argument(
+        "--datum", type=_whole, metavar="N", default=0, help="number of the test datum (0)"
+    )
+    parser.add_argument("--steps", type=_whole, metavar="T", default=9, help="quantiles (9)")
+    parser.add_argument(
+        "--extent", type=_real, metavar="P", default=0.95, help="share of the prior covered (0.95)"
+    )
+    parser.add_argument("--site", metavar="SITE", help="only this latent site")
+
+
+def _fill_ood(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
+    parser.add_argument("--data", metavar="A", help="data from inside; those of the run")
+    parser.add_argument("--against", metavar="B", required=True, help="data from elsewhere")
+    parser.add_argument(
+        "--scores",
+        type=_names,
+        metavar="S,…",
+        default=["evidence", "typicality"],
+        help="evidence, typicality and regret (the first two)",
+    )
+    parser.add_argument(
+        "--num-data", type=_whole, metavar="N", default=1000, help="of each, the first N (1000)"
+    )
+    parser.add_argument(
+        "--num-particles", type=_whole, metavar="K", default=100, help="draws per datum (100)"
+    )
+    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+
+
 def _fill_list(parser: _Parser) -> None:
     """No options."""
 
@@ -456,6 +533,31 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
         "fit the public boards: many densities to many named data sets",
     ),
     "sample": (_parsed(commands.sample), _fill_sample, "draw data from a trained model"),
+    "encode": (
+        _parsed(latent_commands.encode),
+        _fill_encode,
+        "write the latents that a trained guide finds in data",
+    ),
+    "reconstruct": (
+        _parsed(latent_commands.reconstruct),
+        _fill_reconstruct,
+        "show data beside what the model makes of their latents",
+    ),
+    "interpolate": (
+        _parsed(latent_commands.interpolate),
+        _fill_interpolate,
+        "show paths between data through latent space",
+    ),
+    "traverse": (
+        _parsed(latent_commands.traverse),
+        _fill_traverse,
+        "show what each latent dimension does to a datum",
+    ),
+    "ood": (
+        _parsed(latent_commands.out_of_distribution),
+        _fill_ood,
+        "score data from elsewhere against held-out data",
+    ),
     "list": (
         _parsed(commands.list_names),
         _fill_list,

@@ -43,6 +43,7 @@ __all__ = [
     "say",
     "threads",
     "train",
+    "watched",
 ]
 
 FIT = (
@@ -376,20 +377,20 @@ def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any,
     if method in ("annealed", "smc"):
         estimator = getattr(evidence, method)
         temperatures = arguments.num_temperatures or 1000
-        with _progress(f"{method}, {temperatures} temperatures") as progress:
+        with watched(f"{method}, {temperatures} temperatures") as progress:
             found = estimator(*pair, num_temperatures=temperatures, seed=seed, progress=progress)
         return found.shifted(split.log_det), None
     if method == "auto":
         tolerance = 0.1 if arguments.tolerance is None else arguments.tolerance
         budget = 20_000 if arguments.budget is None else arguments.budget
-        with _progress("escalating where the error is too large") as progress:
+        with watched("escalating where the error is too large") as progress:
             found = evidence.auto(
                 *pair, tolerance=tolerance, budget=budget, seed=seed,
                 num_particles=min(arguments.num_particles, 1000),
                 progress=lambda rung, done, total: progress(done, total),
             )  # fmt: skip
     else:
-        with _progress(f"importance sampling, K = {arguments.num_particles}") as progress:
+        with watched(f"importance sampling, K = {arguments.num_particles}") as progress:
             found = evidence.importance(
                 *pair, arguments.num_particles, seed=seed, progress=progress
             )
@@ -496,7 +497,7 @@ def diagnose(arguments: argparse.Namespace) -> None:
     found, skipped = {}, {}
     with threads(dataset):
         for title, work in _diagnoses(run, rows, dataset, arguments).items():
-            with _progress(title) as progress:
+            with watched(title) as progress:
                 try:
                     found[title] = work(progress)
                 except ProgramError as error:
@@ -692,7 +693,7 @@ def _fit_roster(dataset: Dataset, config: dict[str, Any], folder: Path) -> dict[
 def _score(entries: Mapping[str, Entry], dataset: Dataset, arguments: argparse.Namespace) -> Board:
     from pvae import comparison
 
-    with _progress(f"scoring {len(dataset.test)} test data") as progress:
+    with watched(f"scoring {len(dataset.test)} test data") as progress:
         return comparison.compare(
             {name: entry for name, (entry, _) in entries.items()},
             dataset.test,
@@ -868,7 +869,7 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def watched(title: str) -> Iterator[Callable[[int, int], None]]:
     """A line redrawn on a terminal; elsewhere the title alone."""
     from rich.console import Console
 

@@ -31,6 +31,7 @@ __all__ = [
     "Particles",
     "Relaxed",
     "by_datum",
+    "by_program",
     "check_continuous",
     "check_dreams",
     "draw",
@@ -41,6 +42,7 @@ __all__ = [
     "log_guide",
     "log_joint",
     "named_tensors",
+    "observed_sites",
     "parameters",
     "owned",
     "path_ends",
@@ -472,6 +474,14 @@ def _latent_sites(guide_trace: Any, model_trace: Any, layout: Layout) -> dict[st
     }
 
 
+def observed_sites(
+    model: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> dict[str, Any]:
+    """``p(site | z)`` of each observed site, given latents ``(K, B, ...)``; batch ``(K, B)``."""
+    trace = _run_model(model, batch, values, num_particles, layout)
+    return {name: trace.nodes[name]["fn"] for name in layout.observed}
+
+
 def rewritten(program: Program, change: Callable[[str, Any], Any]) -> Program:
     """The program with other distributions at its latent sites.
 
@@ -486,6 +496,12 @@ def by_datum(value: Tensor, layout: Layout, name: str) -> Tensor:
     """A site's draws ``(K, inner plates, B, inner plates, event)`` with the data second."""
     data_dim = value.dim() - layout.event_dims[name] + layout.data_dim
     return value.movedim(data_dim, 1)
+
+
+def by_program(value: Tensor, layout: Layout, name: str) -> Tensor:
+    """The reverse of :func:`by_datum`: draws ``(K, B, ...)`` as the programs hold them."""
+    data_dim = value.dim() - layout.event_dims[name] + layout.data_dim
+    return value.movedim(1, data_dim)
 
 
 def simulate(

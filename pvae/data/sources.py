@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
+from pvae.data.sprites import sprites, sprites_32
 
 __all__ = ["SOURCES", "sources"]
 
@@ -198,6 +199,8 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
             "fashion-mnist": fashion_mnist,
             "mnist": mnist,
             "mnist-static": mnist_static,
+            "sprites": sprites,
+            "sprites-32": sprites_32,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
         }.items()
     )
