@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pvae.errors import OptionError, did_you_mean
 
-__all__ = ["MLP", "activation_module"]
+__all__ = ["MLP", "activation_module", "join"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -65,3 +66,13 @@ class MLP(nn.Sequential):
         """Apply the network: ``(*, in_features) -> (*, out_features)``."""
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y
+
+
+def join(*parts: Tensor) -> Tensor:
+    """Features ``(*, n_i)`` of several sources side by side: ``(*, n_1 + n_2 + ...)``.
+
+    Batch shapes are broadcast, so that ``(K, B, n)`` and ``(B, m)`` give ``(K, B, n + m)``.
+    """
+    shapes = [part.shape[:-1] for part in parts]
+    batch = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)

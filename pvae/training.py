@@ -150,8 +150,8 @@ def fit(
     _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
     where = _device(device)
-    data = as_batch(train, device=where)
-    held_out = None if valid is None else as_batch(valid, device=where)
+    data = as_batch(train, device=where, model=model)
+    held_out = None if valid is None else as_batch(valid, device=where, model=model)
     total = num_rows(data)
     for program in (model, guide):
         module = module_of(program)
