@@ -17,11 +17,10 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from pvae.errors import ProgramError
 from pvae.mean_field import normal_sites, num_outputs
-from pvae.networks import MLP, join
+from pvae.networks import MLP, join, one_hot
 from pvae.priors import site_priors
 
 __all__ = ["ClassConditional"]
@@ -108,5 +107,5 @@ class ClassConditional(nn.Module):
         if not self.latents:
             return {}
         standard = (x - self.x_mean) / self.x_scale
-        output = self.encoder(join(standard, one_hot(label, self.num_classes).to(x.dtype)))
+        output = self.encoder(join(standard, one_hot(label, self.num_classes, x.dtype)))
         return normal_sites(output, self.latents)

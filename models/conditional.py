@@ -16,12 +16,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import softplus
 
 from pvae.errors import OptionError, did_you_mean
 from pvae.likelihoods import likelihood as build_likelihood
 from pvae.likelihoods import num_outputs
-from pvae.networks import MLP, join
+from pvae.networks import MLP, join, one_hot
 
 __all__ = ["Conditional"]
 
@@ -83,7 +83,8 @@ class Conditional(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Score ``x`` ``(B, x_dim)`` given ``y`` ``(B,)`` or ``(B, y_dim)``, or generate.
 
-        With ``x=None`` one datum is drawn for each row of ``y``; without that, for ``size`` rows of
+        A class below 0 or above ``num_classes - 1`` is as none given. With ``x=None`` one datum is
+        drawn for each row of ``y``; without that, for ``size`` rows of
         uniform classes or standard normal features.
         """
         if y is None:
@@ -102,7 +103,7 @@ class Conditional(nn.Module):
     def condition(self, y: Tensor) -> Tensor:
         """Features ``(B, y_dim)`` of y: one-hot where it is a class."""
         if self.is_class:
-            return one_hot(y, self.y_dim).to(self.prior_loc)
+            return one_hot(y, self.y_dim, self.prior_loc.dtype)
         return y.to(self.prior_loc)
 
     def latent_prior(self, condition: Tensor) -> Any:

@@ -17,11 +17,10 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from pvae.likelihoods import likelihood as build_likelihood
 from pvae.likelihoods import num_outputs
-from pvae.networks import MLP, join
+from pvae.networks import MLP, join, one_hot
 
 __all__ = ["SemiSupervised"]
 
@@ -92,7 +91,7 @@ class SemiSupervised(nn.Module):
 
     def decode(self, y: Tensor, z: Tensor) -> Any:
         """``p(x | y, z)`` for integers ``y`` ``(*,)`` and ``z`` ``(*, z_dim)``: events (x_dim,)."""
-        output = self.decoder(join(one_hot(y, self.num_classes).to(z.dtype), z))
+        output = self.decoder(join(one_hot(y, self.num_classes, z.dtype), z))
         return build_likelihood(self.likelihood, output, self.num_levels)
 
     def example_batch(self, size: int) -> tuple[Tensor, Tensor]:

@@ -81,8 +81,10 @@ class Tabular(nn.Module):
         self.register_buffer("prior_loc", torch.zeros(z_dim))
         self.sizes = {kind: self._size(kind) for kind in KINDS if kind in kinds}
         self.decoder = MLP(z_dim, sum(self.sizes.values()), hidden, activation_name=activation)
-        self.log_dispersion = nn.Parameter(torch.zeros(kinds.count("count")))
-        self.log_tail = nn.Parameter(torch.full((kinds.count("real") * robust,), 2.0))
+        if "count" in kinds:
+            self.log_dispersion = nn.Parameter(torch.zeros(kinds.count("count")))
+        if robust and "real" in kinds:
+            self.log_tail = nn.Parameter(torch.full((kinds.count("real"),), 2.0))
 
     def _index(self, kind: str) -> Tensor:
         index: Tensor = getattr(self, f"{kind}_index")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pvae.errors import OptionError, did_you_mean
 
-__all__ = ["MLP", "activation_module", "join"]
+__all__ = ["MLP", "activation_module", "join", "one_hot"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -76,3 +76,13 @@ def join(*parts: Tensor) -> Tensor:
     shapes = [part.shape[:-1] for part in parts]
     batch = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+
+
+def one_hot(index: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Integers ``(*,)`` as indicators ``(*, num_classes)``.
+
+    Unlike torch's own it reads nothing back from the device, so that a step can be staged; an
+    integer out of range gives zeros.
+    """
+    classes = torch.arange(num_classes, device=index.device)
+    return (index[..., None] == classes).to(dtype)
