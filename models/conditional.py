@@ -46,6 +46,7 @@ class Conditional(nn.Module):
         OptionError: no likelihood or prior is called so.
     """
 
+    train_defaults = {"guide": "conditional"}
     prior_loc: Tensor
 
     def __init__(

@@ -44,7 +44,7 @@ class Count(nn.Module):
         OptionError: no likelihood is called so.
     """
 
-    data_kind = "integer"
+    train_defaults = {"guide": "counts", "transform": "none"}
 
     def __init__(
         self,

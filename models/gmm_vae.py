@@ -48,6 +48,11 @@ class GMMVAE(nn.Module):
         OptionError: no likelihood is called so, or there is no component.
     """
 
+    train_defaults = {
+        "guide": "class_conditional",
+        "objective_options": {"gradient": "mixed", "num_particles": 4},
+    }
+
     def __init__(
         self,
         x_dim: int,

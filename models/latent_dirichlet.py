@@ -45,7 +45,7 @@ class LatentDirichlet(nn.Module):
         OptionError: no prior or decoder is called so.
     """
 
-    data_kind = "integer"
+    train_defaults = {"guide": "counts", "transform": "none"}
 
     def __init__(
         self,

@@ -44,6 +44,11 @@ class SemiSupervised(nn.Module):
         OptionError: no likelihood is called so.
     """
 
+    train_defaults = {
+        "guide": "class_conditional",
+        "objective_options": {"gradient": "mixed", "num_particles": 4},
+    }
+
     def __init__(
         self,
         x_dim: int,

@@ -36,7 +36,7 @@ class SparseGamma(nn.Module):
         OptionError: there is no layer, or the shape is not positive.
     """
 
-    data_kind = "integer"
+    train_defaults = {"guide": "counts", "transform": "none"}
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class Tabular(nn.Module):
     """
 
     takes_missing = True
+    train_defaults = {"guide": "masked"}
     allowed: Tensor
     x_mean: Tensor
     x_scale: Tensor

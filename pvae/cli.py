@@ -111,6 +111,7 @@ def _fill_train(parser: _Parser) -> None:
     option("data", str, "D", "a name from `pvae list`, or a .npy, .npz or .csv file")
     option("binarize", _or_none(str), "HOW", "dynamic, fixed or threshold: grey values to bits")
     option("transform", str, "T", "none, dequantize, logit, standardize; chosen by the data")
+    option("labels", _or_none(_whole), "N", "how many labels of training data are known; all")
     option("epochs", _whole, "N", "passes over the training data")
     option("batch-size", _whole, "N", "data per step")
     option("optimizer", str, "NAME", "one of torch.optim, in small letters")
@@ -287,10 +288,13 @@ def _resolve(
     """Defaults, then the config file, then the command line."""
     file = arguments.pop("config", None)
     found = _read_config_file(parser, Path(file)) if file is not None else {}
-    config = {**runs.DEFAULTS, **found, **arguments}
-    if not config["model"]:
+    model = {**found, **arguments}.get("model")
+    if not model:
         known = ", ".join(catalogue.listing("model"))
         raise OptionError(f"train needs a MODEL: one of {known}, or ./file.py:Class")
+    suited = _suited(model, {**found, **arguments})
+    found = {**suited, **found}
+    config = {**runs.DEFAULTS, **found, **arguments}
     programs = commands.Programs(config)
     for component in _COMPONENTS:
         key = f"{component}_options"
@@ -303,6 +307,16 @@ def _resolve(
     catalogue.build_objective(config["objective"], config["objective_options"])
     config |= {"model": programs.model.reference, "guide": programs.guide.reference}
     return config, programs
+
+
+def _suited(model: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that the model's ``train_defaults`` name and the user left open."""
+    suited = dict(getattr(catalogue.find("model", model).factory, "train_defaults", {}))
+    if chosen.get("binarize") is not None:
+        suited.pop("transform", None)
+    if "objective" in chosen:
+        suited.pop("objective_options", None)
+    return suited
 
 
 def _read_config_file(parser: _Parser, path: Path) -> dict[str, Any]:
