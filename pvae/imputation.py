@@ -84,7 +84,7 @@ def impute(
     pieces = []
     with evaluation(model, guide, seed=seed, device=device):
         layout: Layout | None = None
-        for index in torch.arange(num_rows(batch), device=device).split(block):
+        for index in torch.split(torch.arange(num_rows(batch), device=device), block):
             part = take(batch, index)
             layout = inspect(model, guide, part) if layout is None else layout
             pieces.append(_impute(model, guide, part, num_particles, num_draws, layout))
