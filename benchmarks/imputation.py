@@ -78,22 +78,15 @@ def mixture_of(rows: Tensor, seed: int) -> GaussianMixture:
 def vae(
     train: Tensor, test: Tensor, columns: list[str], options: argparse.Namespace, seed: int
 ) -> Tensor:
-    """Rows of amounts standardised, names as they are; MIWAE's bound, the best epoch kept."""
+    """MIWAE's bound on all rows; at each step three in ten of the observed cells are hidden."""
     torch.manual_seed(seed)
-    width = train.shape[1]
-    names = torch.tensor([column != "real" for column in columns])
-    moments = {
-        "x_mean": torch.where(names, train.nan_to_num(0).mean(0), 0.0).float(),
-        "x_scale": torch.ones(width),
-    }
-    model = Tabular(width, columns=columns, z_dim=options.z_dim, hidden=(64,), robust=True)
-    guide = Masked(width, model.latents, hidden=(64,), **moments)
-    cut = len(train) // 5
+    model = Tabular(train.shape[1], columns=columns, z_dim=options.z_dim, hidden=(64,), robust=True)
+    guide = Masked(train.shape[1], model.latents, hidden=(64,))
     pvae.fit(
-        model, guide, train[cut:].float(), valid=train[:cut].float(),
-        objective=pvae.iwae(20), optimizer="adamw", optimizer_options={"weight_decay": 1e-2},
-        epochs=options.epochs, batch_size=32, lr=2e-3, lr_schedule="cosine", engine="staged",
-        patience=options.epochs // 4, seed=seed, progress=False,
+        model, guide, train.float(), objective=pvae.iwae(20), epochs=options.epochs, batch_size=32,
+        optimizer="adamw", optimizer_options={"weight_decay": 1e-2}, lr=3e-3,
+        lr_schedule="cosine", engine="staged", seed=seed, progress=False,
+        preprocess=lambda x: x.masked_fill(torch.rand_like(x) < options.hide, torch.nan),
     )  # fmt: skip
     return impute(model, guide, test.float(), 1000, num_draws=0, seed=seed).mean.double()
 
@@ -150,7 +143,8 @@ def main() -> None:
     )
     parser.add_argument("--missing", nargs="+", type=float, default=[0.1, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--hide", type=float, default=0.3)
     parser.add_argument("--z-dim", type=int, default=10)
     options = parser.parse_args()
     print(f"{'data':14} {'missing':>7}  {'method':10} {'NRMSE':>16} {'error rate':>16}")

@@ -42,7 +42,7 @@ class LatentDirichlet(nn.Module):
         document_length: Number of words of the documents that the model generates.
 
     Raises:
-        OptionError: no prior or decoder is called so.
+        OptionError: no prior or decoder is called so, or there are fewer than two topics.
     """
 
     train_defaults = {"guide": "counts", "transform": "none"}
@@ -65,6 +65,8 @@ class LatentDirichlet(nn.Module):
             raise OptionError(
                 f"no decoder is called {decoder!r}: {did_you_mean(decoder, _DECODERS)}"
             )
+        if num_topics < 2:
+            raise OptionError(f"num_topics must be at least 2, got {num_topics}")
         self.x_dim, self.num_topics, self.document_length = x_dim, num_topics, document_length
         self.prior, self.product = prior, decoder == "product"
         self.words = nn.Parameter(torch.randn(num_topics, x_dim))

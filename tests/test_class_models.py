@@ -38,8 +38,9 @@ def bernoulli(x: Tensor, logits: Tensor) -> Tensor:
 
 def log_joint(model, values, *batch) -> Tensor:
     """``log p`` of given values, by site, from Pyro's own trace."""
-    trace = pyro.poutine.trace(pyro.poutine.condition(model, values)).get_trace(*batch)
-    return trace.log_prob_sum()
+    with torch.no_grad():
+        trace = pyro.poutine.trace(pyro.poutine.condition(model, values)).get_trace(*batch)
+        return trace.log_prob_sum()
 
 
 def digits() -> pvae.data.Dataset:
