@@ -74,7 +74,7 @@ def posterior_draws(
     modules = [module for module in map(module_of, (model, guide)) if module is not None]
     weights = (p for module in modules for p in module.parameters())
     device = next((p.device for p in weights), torch.device("cpu"))
-    batch = as_batch(x, device=device)
+    batch = as_batch(x, device=device, model=model)
     rows = take(batch, torch.arange(min(max_data, num_rows(batch)), device=device))
     with evaluation(model, guide, seed=seed, device=device):
         layout = inspect(model, guide, rows) if layout is None else layout
@@ -296,7 +296,7 @@ def stream_netcdf(
         raise OptionError(f"num_draws must be at least 1, got {num_draws}")
     modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
     device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
-    batch = as_batch(x, device=device)
+    batch = as_batch(x, device=device, model=model)
     if observed is None and isinstance(batch, Tensor):
         observed = batch
     facts = dict(attrs or {})

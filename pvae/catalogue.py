@@ -36,7 +36,9 @@ __all__ = [
     "optimizers",
 ]
 
-filled_names = ("x_dim", "num_levels", "image_shape", "latents", "model", "x_mean", "x_scale")
+filled_names = (
+    "x_dim", "num_levels", "num_classes", "image_shape", "latents", "model", "x_mean", "x_scale"
+)  # fmt: skip
 
 _FOLDERS = {"model": "models", "guide": "guides"}
 _NAMED = {

@@ -120,6 +120,7 @@ def _fill_train(parser: _Parser) -> None:
     option("data", str, "D", "a name from `pvae list`, or a .npy, .npz or .csv file")
     option("binarize", _or_none(str), "HOW", "dynamic, fixed or threshold: grey values to bits")
     option("transform", str, "T", "none, dequantize, logit, standardize; chosen by the data")
+    option("labels", _or_none(_whole), "N", "how many labels of training data are known; all")
     option("epochs", _whole, "N", "passes over the training data")
     option("batch-size", _whole, "N", "data per step")
     option("optimizer", str, "NAME", "one of torch.optim, in small letters")
@@ -424,10 +425,13 @@ def _resolve(
     file = arguments.pop("config", None)
     found = _read_config_file(parser, Path(file)) if file is not None else {}
     base = dict(runs.DEFAULTS) if folder is None else runs.read_config(folder)
-    config = {**base, **found, **arguments}
-    if not config["model"]:
+    model = {**base, **found, **arguments}["model"]
+    if not model:
         known = ", ".join(catalogue.listing("model"))
         raise OptionError(f"train needs a MODEL: one of {known}, or ./file.py:Class")
+    if folder is None:
+        found = {**_suited(model, {**found, **arguments}), **found}
+    config = {**base, **found, **arguments}
     programs = commands.Programs(config, folder)
     for component in _COMPONENTS:
         key = f"{component}_options"
@@ -446,6 +450,16 @@ def _resolve(
 
 def _same(config: Mapping[str, Any], base: Mapping[str, Any], component: str) -> bool:
     return bool(config[component] == base[component])
+
+
+def _suited(model: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that the model's ``train_defaults`` name and the user left open."""
+    suited = dict(getattr(catalogue.find("model", model).factory, "train_defaults", {}))
+    if chosen.get("binarize") is not None:
+        suited.pop("transform", None)
+    if "objective" in chosen:
+        suited.pop("objective_options", None)
+    return suited
 
 
 def _read_config_file(parser: _Parser, path: Path) -> dict[str, Any]:

@@ -232,12 +232,10 @@ def _fit(
         run = fit(
             model,
             guide,
-            dataset.train_raw,
             objective=catalogue.build_objective(config["objective"], config["objective_options"]),
-            valid=dataset.valid.x,
-            preprocess=dataset.preprocess,
             run_dir=folder,
             resume=resumed,
+            **runs.training_data(config, model, dataset),
             progress=progress,
             trackers=[Doctor()] if progress else [],
             **{key: config[key] for key in FIT},
@@ -363,9 +361,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any, Any]:
     """Evidence by the method asked for, on the original scale, and L_k where weights allow it."""
-    from pvae import evidence
+    import torch
 
-    method, pair, seed = arguments.method, (run.model, run.guide, split.x), arguments.seed
+    from pvae import evidence
+    from pvae.data import take
+
+    batch = runs.batch_for(run.model, split.x, split.labels)
+    method, pair, seed = arguments.method, (run.model, run.guide, batch), arguments.seed
     if arguments.tolerance is not None and method != "auto":
         raise OptionError(f"--tolerance is for --method auto, got --method {method}: leave one out")
     if arguments.budget is not None and method != "auto":
@@ -394,7 +396,8 @@ def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any,
             found = evidence.importance(
                 *pair, arguments.num_particles, seed=seed, progress=progress
             )
-    curve = evidence.measured_curve(run.model, run.guide, split.x[:200], seed=seed)
+    first = take(batch, torch.arange(min(200, len(split))))
+    curve = evidence.measured_curve(run.model, run.guide, first, seed=seed)
     return found.shifted(split.log_det), curve
 
 
@@ -471,7 +474,12 @@ def _write_evidence(
         runs.write_json(aside / "evidence.json", about)
         arviz.to_netcdf(
             aside / "evidence.nc",
-            posterior=arviz.posterior_draws(run.model, run.guide, split.x, seed=about["seed"]),
+            posterior=arviz.posterior_draws(
+                run.model,
+                run.guide,
+                runs.batch_for(run.model, split.x, split.labels),
+                seed=about["seed"],
+            ),
             evidence=evidence,
             observed=dataset.transform.inverse(split.x),
             labels=split.labels,
@@ -484,6 +492,8 @@ def _write_evidence(
 
 def diagnose(arguments: argparse.Namespace) -> None:
     """``pvae diagnose``: gap ledger, latents, calibration and predictive checks of a run."""
+    from pvae.data import num_rows
+
     for option in ("num_data", "num_particles", "num_runs"):
         if getattr(arguments, option) < 2:
             raise OptionError(
@@ -492,8 +502,8 @@ def diagnose(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
     dataset = data_for(config, None)
-    rows = dataset.test.x[: arguments.num_data]
-    say(f"{dataset.description()}; the first {len(rows)} of the test split")
+    rows = runs.test_batch(run.model, dataset, arguments.num_data)
+    say(f"{dataset.description()}; the first {num_rows(rows)} of the test split")
     found, skipped = {}, {}
     with threads(dataset):
         for title, work in _diagnoses(run, rows, dataset, arguments).items():
@@ -516,7 +526,10 @@ def _diagnoses(
     from pvae import evidence
 
     model, guide, seed = run.model, run.guide, arguments.seed
-    back = dataset.transform.inverse
+
+    def back(batch: Any) -> Any:
+        return dataset.transform.inverse(batch[0] if isinstance(batch, tuple) else batch)
+
     statistics = {
         "mean": lambda x: back(x).double().mean(),
         "standard deviation": lambda x: back(x).double().std(),
@@ -596,7 +609,10 @@ def sample(arguments: argparse.Namespace) -> None:
     dataset = data_for(config, None)
     import torch
 
-    example = torch.zeros(arguments.size, dataset.x_dim)
+    x, labels = torch.zeros(arguments.size, dataset.x_dim), dataset.test.labels
+    if labels is not None:
+        labels = labels[torch.arange(len(x)) % len(labels)]
+    example = runs.batch_for(run.model, x, labels)
     draws, _, _ = runs.generate(run.model, example, seed=arguments.seed)
     drawn = dataset.transform.inverse(draws)
     for path in _write_samples(drawn, dataset, target):

@@ -27,7 +27,9 @@ def doctor(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
     dataset = commands.data_for(config, None)
-    rows = dataset.valid.x[:_ROWS]
+    valid, labels = dataset.valid, dataset.valid.labels
+    labels = None if labels is None else labels[:_ROWS]
+    rows = runs.batch_for(run.model, valid.x[:_ROWS], labels)
     with commands.threads(dataset):
         findings = examine_data(dataset.train.x) if dataset.kind == "continuous" else []
         findings += examine_history(run.history, objective=run.objective)

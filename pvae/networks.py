@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pvae.errors import OptionError, did_you_mean
 
-__all__ = ["MLP", "activation_module"]
+__all__ = ["MLP", "activation_module", "join", "one_hot"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -65,3 +66,23 @@ class MLP(nn.Sequential):
         """Apply the network: ``(*, in_features) -> (*, out_features)``."""
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y
+
+
+def join(*parts: Tensor) -> Tensor:
+    """Features ``(*, n_i)`` of several sources side by side: ``(*, n_1 + n_2 + ...)``.
+
+    Batch shapes are broadcast, so that ``(K, B, n)`` and ``(B, m)`` give ``(K, B, n + m)``.
+    """
+    shapes = [part.shape[:-1] for part in parts]
+    batch = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+
+
+def one_hot(index: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Integers ``(*,)`` as indicators ``(*, num_classes)``.
+
+    Unlike torch's own it reads nothing back from the device, so that a step can be staged; an
+    integer out of range gives zeros.
+    """
+    classes = torch.arange(num_classes, device=index.device)
+    return (index[..., None] == classes).to(dtype)

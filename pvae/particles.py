@@ -43,6 +43,7 @@ __all__ = [
     "log_joint",
     "named_tensors",
     "observed_sites",
+    "observed_families",
     "parameters",
     "owned",
     "path_ends",
@@ -576,6 +577,14 @@ def sample_observed(
     program = _generator(_plated(model, num_particles, layout), values)
     trace = poutine.trace(program).get_trace(*args, **kwargs)
     return {name: trace.nodes[name]["value"] for name in layout.observed}
+
+
+def observed_families(
+    model: Program, batch: Batch, values: Mapping[str, Any], num_particles: int, layout: Layout
+) -> dict[Any, Any]:
+    """Key of the batch's tensor -> ``p(x | z)`` of latents ``(K, B, ...)``, batch shape (K, B)."""
+    trace = _run_model(model, batch, values, num_particles, layout)
+    return {key: trace.nodes[name]["fn"] for name, key in layout.entries.items()}
 
 
 def _generator(model: Program, values: Mapping[str, Any]) -> Program:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import shutil
 import tempfile
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULTS",
     "begin",
+    "batch_for",
     "create",
     "data_of",
     "draw_board_figures",
@@ -46,6 +48,7 @@ __all__ = [
     "find",
     "generate",
     "history",
+    "keep_labels",
     "load",
     "next_folder",
     "pair",
@@ -54,6 +57,8 @@ __all__ = [
     "read_yaml",
     "save_figure",
     "statistics",
+    "test_batch",
+    "training_data",
     "write_config",
     "write_json",
     "write_yaml",
@@ -71,6 +76,7 @@ DEFAULTS: Mapping[str, Any] = {
     "data": "digits",
     "binarize": None,
     "transform": None,
+    "labels": None,
     "epochs": 150,
     "batch_size": 64,
     "optimizer": "adam",
@@ -87,7 +93,13 @@ DEFAULTS: Mapping[str, Any] = {
     "keep_checkpoints": 2,
     "on_nan": "stop",
 }
-_LATER = ("alternate", "checkpoint_every", "keep_checkpoints", "on_nan")  # older runs lack them
+_LATER = (
+    "alternate",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "labels",
+    "on_nan",
+)  # older runs lack them
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -325,10 +337,77 @@ def facts(dataset: Dataset) -> dict[str, Any]:
     return {
         "x_dim": dataset.x_dim,
         "num_levels": dataset.num_levels,
+        "num_classes": _num_classes(dataset),
         "image_shape": None if dataset.image_shape is None else list(dataset.image_shape),
         "kind": dataset.kind,
         "fingerprint": _fingerprint(dataset.test),
     }
+
+
+def _num_classes(dataset: Dataset) -> int | None:
+    labels = [split.labels for split in (dataset.train, dataset.valid, dataset.test)]
+    return max((int(part.max()) + 1 for part in labels if part is not None), default=None)
+
+
+def batch_for(model: Any, x: Tensor, labels: Tensor | None) -> Any:
+    """Data as a model takes them: ``x``, or ``(x, labels)`` where its program has a ``y``.
+
+    Raises:
+        DataError: the model needs labels, and the data have none.
+    """
+    if "y" not in inspect.signature(getattr(model, "forward", model)).parameters:
+        return x
+    if labels is None:
+        raise DataError(
+            f"{type(model).__name__} needs a label for each datum, and the data have none: put "
+            "them into the .npz file as 'labels'"
+        )
+    return x, labels
+
+
+def test_batch(model: Any, dataset: Dataset, count: int) -> Any:
+    """The first test data, as the model takes them."""
+    labels = dataset.test.labels
+    return batch_for(model, dataset.test.x[:count], None if labels is None else labels[:count])
+
+
+def training_data(config: Config, model: Any, dataset: Dataset) -> dict[str, Any]:
+    """``train``, ``valid`` and ``preprocess`` as :func:`pvae.fit` takes them."""
+    labels = dataset.train.labels
+    if labels is not None:
+        labels = keep_labels(labels, config["labels"])
+    train, preprocess = batch_for(model, dataset.train_raw, labels), dataset.preprocess
+    if train is not dataset.train_raw and preprocess is not None:
+        preprocess = _of_first(preprocess)
+    valid = batch_for(model, dataset.valid.x, dataset.valid.labels)
+    return {"train": train, "valid": valid, "preprocess": preprocess}
+
+
+def _of_first(preprocess: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same treatment of the first tensor of a batch."""
+    return lambda batch: (preprocess(batch[0]), *batch[1:])
+
+
+def keep_labels(labels: Tensor, count: int | None) -> Tensor:
+    """Labels ``(N,)`` of which ``count`` are kept, evenly over the classes; the others are -1.
+
+    Raises:
+        OptionError: there are not that many.
+    """
+    import torch
+
+    if count is None:
+        return labels
+    if not 0 <= count <= len(labels):
+        raise OptionError(f"labels must be from 0 to the {len(labels)} training data, got {count}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    # Each row's rank within its class: the first of every class, then the second of every class.
+    ranks = torch.zeros_like(labels)
+    for label in torch.unique(labels):  # type: ignore[no-untyped-call]
+        rows = order[labels[order] == label]
+        ranks[rows] = torch.arange(len(rows))
+    kept = order[ranks[order].argsort(stable=True)[:count]]
+    return torch.full_like(labels, -1).index_copy(0, kept, labels[kept])
 
 
 def _fingerprint(split: Split) -> str:
@@ -556,7 +635,7 @@ def history(folder: Path, *, torn: bool = False) -> list[dict[str, float]]:
 
 
 def generate(
-    model: Any, example: Tensor, *, guide: Any = None, seed: int = 0
+    model: Any, example: Any, *, guide: Any = None, seed: int = 0
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Draw data from a model, or, with a guide, reconstruct the example through its latents.
 
@@ -564,7 +643,7 @@ def generate(
 
     Args:
         model: The generative program.
-        example: ``(B, D)``; only its shape matters without a guide.
+        example: ``(B, D)``, or a tuple that begins with it; only its shape matters without a guide.
         guide: Draws the latent sites given the example, instead of the model's prior.
         seed: Seed of the draws; the caller's random stream is untouched.
 
@@ -578,18 +657,19 @@ def generate(
     from pyro import poutine
 
     from pvae.evidence.importance import evaluation
-    from pvae.particles import module_of
+    from pvae.particles import arguments, module_of
 
     modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
-    device = next((p.device for m in modules for p in m.parameters()), example.device)
-    example = example.to(device)
-    with evaluation(model, guide, seed=seed, device=device), poutine.block():
+    device = next((p.device for m in modules for p in m.parameters()), None)
+    args = tuple(part.to(device) for part in arguments(example)[0])
+    example = args[0]
+    with evaluation(model, guide, seed=seed, device=example.device), poutine.block():
         program, latent = poutine.uncondition(model), None
         if guide is not None:
-            guide_trace = poutine.trace(guide).get_trace(example)
+            guide_trace = poutine.trace(guide).get_trace(*args)
             program = poutine.replay(program, trace=guide_trace)
             latent = _latent_means(guide_trace, len(example))
-        trace = poutine.trace(program).get_trace(example)
+        trace = poutine.trace(program).get_trace(*args)
     for node in trace.nodes.values():
         observed = node["type"] == "sample" and node["infer"].get("was_observed")
         if observed and node["value"].shape == example.shape:
@@ -673,7 +753,7 @@ def _samples(networks: Mapping[str, Run], classical: Mapping[str, Any], dataset:
 
     rows, back = dataset.test.x[:64], dataset.transform.inverse
     name, run = next(iter(networks.items()))
-    draws, means, _ = generate(run.model, rows)
+    draws, means, _ = generate(run.model, test_batch(run.model, dataset, 64))
     shown = {f"{name}: samples": back(draws)}
     if means is not None:
         shown[f"{name}: means"] = back(means)
@@ -687,7 +767,8 @@ def _reconstructions(networks: Mapping[str, Run], dataset: Dataset) -> Any:
 
     rows, back, shown = dataset.test.x[:16], dataset.transform.inverse, {}
     for name, run in networks.items():
-        draws, means, _ = generate(run.model, rows, guide=run.guide)
+        example = test_batch(run.model, dataset, 16)
+        draws, means, _ = generate(run.model, example, guide=run.guide)
         shown[name] = back(draws if means is None else means)
     return plots.reconstructions(back(rows), shown, dataset.image_shape)
 
@@ -695,7 +776,8 @@ def _reconstructions(networks: Mapping[str, Run], dataset: Dataset) -> Any:
 def _latent_scatter(run: Run, dataset: Dataset) -> Any:
     from pvae import plots
 
-    _, _, latent = generate(run.model, dataset.test.x, guide=run.guide)
+    example = test_batch(run.model, dataset, len(dataset.test))
+    _, _, latent = generate(run.model, example, guide=run.guide)
     if latent is None:
         raise DataError("the guide has no real latent site")
     return plots.latent_scatter(latent, dataset.test.labels)

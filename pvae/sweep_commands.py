@@ -167,12 +167,10 @@ def _fit(config: dict[str, Any], dataset: Dataset, report: sweeps.Report | None)
     return fit(
         model,
         guide,
-        dataset.train_raw,
         objective=catalogue.build_objective(config["objective"], config["objective_options"]),
-        valid=dataset.valid.x,
-        preprocess=dataset.preprocess,
         progress=False,
         trackers=[] if report is None else [_Pruning(report)],
+        **runs.training_data(config, model, dataset),
         **{key: config[key] for key in commands.FIT},
     )
 
@@ -197,7 +195,8 @@ def _evidence(run: Run, split: Any, num_particles: int) -> tuple[float, float]:
     """Mean log evidence of a split on the original scale, and its standard error over data."""
     from pvae.evidence import importance
 
-    found = importance(run.model, run.guide, split.x, num_particles, seed=0)
+    rows = runs.batch_for(run.model, split.x, split.labels)
+    found = importance(run.model, run.guide, rows, num_particles, seed=0)
     values = found.shifted(split.log_det).log_evidence.double()
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 

@@ -142,8 +142,8 @@ def fit(
     _check_run(folder, resume=resume, keep=keep_checkpoints)
     where = _device(device)
     _check_on_nan(on_nan, where)
-    data = as_batch(train, device=where)
-    held_out = None if valid is None else as_batch(valid, device=where)
+    data = as_batch(train, device=where, model=model)
+    held_out = None if valid is None else as_batch(valid, device=where, model=model)
     total = num_rows(data)
     for program in (model, guide):
         module = module_of(program)

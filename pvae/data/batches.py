@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ __all__ = ["Batch", "as_batch", "num_rows", "take"]
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
-def as_batch(data: Any, *, device: torch.device | str | None = None) -> Batch:
+def as_batch(data: Any, *, device: torch.device | str | None = None, model: Any = None) -> Batch:
     """Check data and put them on the device, in the structure they came in.
 
     Precision and integer types stay what they are.
@@ -26,6 +27,7 @@ def as_batch(data: Any, *, device: torch.device | str | None = None) -> Batch:
         data: Tensor or numpy array ``(N, ...)``, a tuple, list or dict of them, a :class:`Split`
             (its ``x``) or a :class:`Dataset` (its ``train.x``).
         device: Where the tensors are put; ``None`` leaves them.
+        model: The model they are for; where its ``takes_missing`` is true, NaN is a missing cell.
 
     Returns:
         A tensor, a tuple of tensors or a dict of tensors.
@@ -37,15 +39,18 @@ def as_batch(data: Any, *, device: torch.device | str | None = None) -> Batch:
         data = data.train
     if isinstance(data, Split):
         data = data.x
+    check = functools.partial(
+        to_tensor, device=device, allow_nan=bool(getattr(model, "takes_missing", False))
+    )
     if isinstance(data, Mapping):
-        parts = {str(k): to_tensor(v, f"x[{k!r}]", device=device) for k, v in data.items()}
+        parts = {str(k): check(v, f"x[{k!r}]") for k, v in data.items()}
         _require_equal_rows({repr(key): part for key, part in parts.items()})
         return parts
     if isinstance(data, (tuple, list)):
-        items = tuple(to_tensor(v, f"x[{i}]", device=device) for i, v in enumerate(data))
+        items = tuple(check(v, f"x[{i}]") for i, v in enumerate(data))
         _require_equal_rows({str(i): item for i, item in enumerate(items)})
         return items
-    return to_tensor(data, device=device)
+    return check(data)
 
 
 def _require_equal_rows(parts: Mapping[str, Tensor]) -> None:

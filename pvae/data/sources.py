@@ -6,6 +6,7 @@ in ``SOURCES``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
 from pvae.data.sprites import sprites, sprites_32
+from pvae.errors import DataError
 
 __all__ = ["SOURCES", "sources"]
 
@@ -102,6 +104,19 @@ _DENSITY_SETS = {
     ),
 }
 
+_SINGLE_CELL = {
+    "pbmc4k": (
+        "single_cell/pbmc4k_top2000.npz",
+        "4434f7798880a99312ea5e401336b6d8aac5a2da82fd3788c9b00cbd5ee8ff64",
+        "4271 blood cells by counts of 2000 genes, 8 types of cell; in PVAE_DATA only.",
+    ),
+    "smfish": (
+        "single_cell/smfish.npz",
+        "54748ba92ca18e95c89431c155355871d76fdab5b3537a023a3deec6e8ec1a64",
+        "4530 cells of mouse cortex by counts of 33 genes, 6 types of cell; in PVAE_DATA only.",
+    ),
+}
+
 
 def sources() -> dict[str, str]:
     """Name -> one-line description of every named data set."""
@@ -185,6 +200,33 @@ def _binary_density(name: str) -> Callable[[str | Path | None], Arrays]:
     return read
 
 
+def _single_cell(name: str) -> Callable[[str | Path | None], Arrays]:
+    """Counts of genes in single cells, kept as the entries that are not zero (CSR).
+
+    pbmc4k as prepared by Tian et al. (2021), smfish by Lopez et al. (2019).
+    """
+    file, sha256, line = _SINGLE_CELL[name]
+
+    def read(root: str | Path | None) -> Arrays:
+        path = find(file, root)
+        if path is None:
+            raise DataError(
+                f"{name} needs {file}, which no public address offers in this form: set PVAE_DATA "
+                "to a folder that holds it"
+            )
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise DataError(f"{path} is not the {name} that is known here: its SHA-256 differs")
+        with reading(path, "sparse counts"), np.load(path) as arrays:
+            counts = np.zeros(tuple(arrays["shape"]), np.uint16)
+            rows = np.repeat(np.arange(len(counts)), np.diff(arrays["indptr"]))
+            counts[rows, arrays["indices"]] = arrays["data"]
+            _, labels = np.unique(arrays["labels"], return_inverse=True)
+        return {"x": counts, "labels": labels}
+
+    read.__doc__ = line
+    return read
+
+
 def _unpack(path: Path, width: int) -> Arrays:
     """The bits of ``train``, ``valid`` and ``test``, packed along rows: ``(N, width)`` each."""
     arrays = read_arrays(path)
@@ -202,6 +244,7 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
             "sprites": sprites,
             "sprites-32": sprites_32,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
+            **{name: _single_cell(name) for name in _SINGLE_CELL},
         }.items()
     )
 )

@@ -16,13 +16,20 @@ _UNKNOWN_TO_TORCH = (np.dtype(np.uint64), np.dtype(np.longdouble))
 _WIDENED = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64}
 
 
-def to_tensor(array: Any, what: str = "x", *, device: torch.device | str | None = None) -> Tensor:
+def to_tensor(
+    array: Any,
+    what: str = "x",
+    *,
+    device: torch.device | str | None = None,
+    allow_nan: bool = False,
+) -> Tensor:
     """A finite, numeric, non-empty tensor ``(N, ...)`` of the array's own precision.
 
     Args:
         array: Tensor or numpy array; numpy memory is shared where torch can.
         what: How messages call it.
         device: Where it is put; ``None`` leaves it.
+        allow_nan: Let NaN pass, as a missing cell.
 
     Raises:
         DataError: It is no array of real numbers, has no rows, or holds a NaN or an infinity.
@@ -44,7 +51,7 @@ def to_tensor(array: Any, what: str = "x", *, device: torch.device | str | None 
     if array.numel() == 0:
         raise DataError(f"{what} is empty, shape {tuple(array.shape)}: give at least one row")
     tensor = array.to(device)
-    _require_finite(tensor, what)
+    _require_finite(tensor.masked_fill(tensor.isnan(), 0) if allow_nan else tensor, what)
     return tensor
 
 

@@ -136,7 +136,7 @@ def auto(
             f"auto needs a positive tolerance in nats and at least one rung, got {tolerance} and "
             f"{len(rungs)} rungs"
         )
-    batch = as_batch(x)
+    batch = as_batch(x, model=model)
     total = num_rows(batch)
     if budget is not None and budget < rungs[0].cost:
         raise OptionError(
@@ -300,7 +300,7 @@ def measured_curve(
         raise OptionError(f"sizes must grow from 1 or more, got {sizes}")
     modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
     device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
-    batch = as_batch(x, device=device)
+    batch = as_batch(x, device=device, model=model)
     total = num_rows(batch)
     groups: list[Tensor] = []
     with evaluation(model, guide, seed=_STREAM + seed, device=device):
