@@ -66,7 +66,10 @@ class ForwardBackward(nn.Module):
         z_dim = latents[self.site][1]
         wanted = ("backward", "forward") if direction == "both" else (direction,)
         self.readers = nn.ModuleDict(
-            {name: nn.LSTM(self.num_features, hidden, batch_first=True) for name in wanted}
+            {
+                f"{name}_reader": nn.LSTM(self.num_features, hidden, batch_first=True)
+                for name in wanted
+            }
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, 2 * z_dim)
@@ -98,7 +101,7 @@ class ForwardBackward(nn.Module):
         """The mean of what each direction makes of the data, ``(B, T, hidden)``."""
         found = []
         for name, reader in self.readers.items():
-            order = _reversal(mask)[..., None] if name == "backward" else None
+            order = _reversal(mask)[..., None] if name == "backward_reader" else None
             given = x if order is None else x.gather(1, order.expand_as(x))
             output, _ = reader(given)
             found.append(output if order is None else output.gather(1, order.expand_as(output)))

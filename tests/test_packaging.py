@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
-    {"networks", "distributions", "families", "models", "guides"},
+    {"networks", "distributions", "families", "markov", "sentences", "models", "guides"},
     {"particles"},
     {"bounds"},
     {"gradients", "schedules"},
@@ -27,7 +27,7 @@ FLOORS = [
     {"alternation"},
     {"training"},
     {"catalogue"},
-    {"runs", "comparison", "plots", "arviz", "board", "workers"},
+    {"runs", "sequences", "comparison", "plots", "arviz", "board", "workers"},
     {"segments"},
     {"cells"},
     {"standings"},

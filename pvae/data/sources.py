@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
+from pvae.data.sequences import SEQUENCES
 
 __all__ = ["SOURCES", "sources"]
 
@@ -199,6 +200,7 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
             "mnist": mnist,
             "mnist-static": mnist_static,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
+            **SEQUENCES,
         }.items()
     )
 )
