@@ -20,6 +20,7 @@ from torch.nn.functional import softplus
 
 from pvae.errors import OptionError, ProgramError
 from pvae.markov import GaussianChain
+from pvae.recurrent import LSTM
 
 __all__ = ["ForwardBackward"]
 
@@ -66,10 +67,7 @@ class ForwardBackward(nn.Module):
         z_dim = latents[self.site][1]
         wanted = ("backward", "forward") if direction == "both" else (direction,)
         self.readers = nn.ModuleDict(
-            {
-                f"{name}_reader": nn.LSTM(self.num_features, hidden, batch_first=True)
-                for name in wanted
-            }
+            {f"{name}_reader": LSTM(self.num_features, hidden, batch_first=True) for name in wanted}
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, 2 * z_dim)

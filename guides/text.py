@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
 
 from pvae.errors import OptionError, ProgramError
+from pvae.recurrent import LSTM
 from pvae.sentences import PADDING, num_words, trim
 
 __all__ = ["TextEncoder"]
@@ -67,7 +68,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.dropout = nn.Dropout(dropout)
         if encoder == "lstm":
-            self.lstm, width = nn.LSTM(embedding, hidden, batch_first=True), hidden
+            self.lstm, width = LSTM(embedding, hidden, batch_first=True), hidden
         else:
             self.kernels = nn.ModuleList(
                 nn.Conv1d(embedding, hidden, size, padding=size // 2) for size in kernel_sizes

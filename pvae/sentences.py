@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from torch.nn.functional import cross_entropy
 
 from pvae.errors import OptionError
+from pvae.recurrent import LSTM
 
 __all__ = ["END", "PADDING", "UNKNOWN", "Sentences", "WordDecoder", "choose", "num_words", "trim"]
 
@@ -95,7 +96,7 @@ class WordDecoder(nn.Module):
         self.num_classes, self.word_dropout = num_classes, word_dropout
         self.embedding = nn.Embedding(num_classes, embedding)
         self.initial = nn.Linear(z_dim, 2 * hidden) if z_dim else None
-        self.lstm = nn.LSTM(embedding + z_dim, hidden, batch_first=True)
+        self.lstm = LSTM(embedding + z_dim, hidden, batch_first=True)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, num_classes - 1)  # padding is never predicted
         nn.init.normal_(self.embedding.weight, std=0.1)

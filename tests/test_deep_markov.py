@@ -149,12 +149,12 @@ def test_staged_training_is_eager_training(options):
     for engine in ("eager", "staged"):
         model, guide = small_pair(**options)
         run = pvae.fit(
-            model, guide, rolls(3, 2, 1, 3, 3)[:, :3], epochs=2, batch_size=3, lr=1e-2, engine=engine,
-            progress=False,
+            model.float(), guide.float(), rolls(3, 2, 1, 3, 3)[:, :3].float(), epochs=2,
+            batch_size=3, lr=1e-2, engine=engine, progress=False,
         )  # fmt: skip
         assert run.engine.startswith(engine)
         histories.append([row["bound"] for row in run.history])
-    assert histories[0] == pytest.approx(histories[1], rel=1e-9)
+    assert histories[0] == pytest.approx(histories[1], rel=1e-5)
 
 
 def test_training_approaches_the_evidence_of_a_linear_chain():

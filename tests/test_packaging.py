@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
-    {"networks", "distributions", "families", "markov", "sentences", "models", "guides"},
+    {
+        "networks",
+        "distributions",
+        "families",
+        "markov",
+        "recurrent",
+        "sentences",
+        "models",
+        "guides",
+    },
     {"particles"},
     {"bounds"},
     {"gradients", "schedules"},
