@@ -100,7 +100,8 @@ class TextEncoder(nn.Module):
         if self.kind == "lstm":
             output, _ = self.lstm(given)
             last = (num_words(words) - 1).clamp(min=0)[:, None, None]
-            return output.gather(1, last.expand(-1, 1, output.shape[-1]))[:, 0]
+            final: Tensor = output.gather(1, last.expand(-1, 1, output.shape[-1]))[:, 0]
+            return final
         count = mask.sum(1).clamp(min=1)
         pooled = []
         for kernel in self.kernels:

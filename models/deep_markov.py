@@ -27,7 +27,7 @@ from pvae.errors import OptionError, did_you_mean
 from pvae.markov import GaussianChain, Padded, step_mask
 from pvae.networks import MLP
 
-__all__ = ["DeepMarkov", "GatedTransition", "LinearTransition"]
+__all__ = ["DeepMarkov"]
 
 _LIKELIHOODS = ("bernoulli", "gaussian")
 

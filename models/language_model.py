@@ -34,6 +34,8 @@ class LanguageModel(nn.Module):
             cannot be staged.
     """
 
+    prior_loc: Tensor
+
     def __init__(
         self,
         x_dim: int,

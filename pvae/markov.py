@@ -6,7 +6,7 @@ A sequence that is shorter than the longest of its set is padded; what stands th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Normal, TorchDistribution
@@ -50,7 +50,7 @@ class GaussianChain(TorchDistribution):  # type: ignore[misc]
         batch_shape: Batch shape; that of context or mask if left out.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     has_rsample = True
 
     def __init__(
@@ -121,7 +121,7 @@ class GaussianChain(TorchDistribution):  # type: ignore[misc]
         if self._validate_args:
             self._validate_sample(value)
         total = self.step_log_prob(value).sum(-1)
-        shape = torch.broadcast_shapes(total.shape, self.batch_shape)
+        shape = torch.broadcast_shapes(total.shape, self.batch_shape)  # type: ignore[no-untyped-call]
         return total.expand(shape)
 
 
@@ -148,13 +148,13 @@ class Padded(TorchDistribution):  # type: ignore[misc]
         padding: What is written there by ``sample``.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self, base: Any, mask: Tensor, *, padding: float = -1.0, validate_args: bool | None = None
     ) -> None:
         self.base, self.mask, self.padding = base, mask, padding
-        batch = torch.broadcast_shapes(base.batch_shape, mask.shape)
+        batch = torch.broadcast_shapes(base.batch_shape, mask.shape)  # type: ignore[no-untyped-call]
         super().__init__(batch[:-1], batch[-1:] + base.event_shape, validate_args=validate_args)
 
     @property

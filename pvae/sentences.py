@@ -6,7 +6,7 @@ of a sentence, 2 for an unknown word, then the words of a vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -168,7 +168,7 @@ class Sentences(TorchDistribution):  # type: ignore[misc]
             that no graph can be traced.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -214,7 +214,8 @@ class Sentences(TorchDistribution):  # type: ignore[misc]
             total = terms.new_zeros((*terms.shape[:-1], len(words))).index_add(-1, row, terms)
         else:
             terms = self._log_probs(known.flatten(-3, -2), words.flatten())
-            total = terms.unflatten(-1, words.shape).masked_fill(words == PADDING, 0.0).sum(-1)
+            by_sentence = terms.reshape(*terms.shape[:-1], *words.shape)
+            total = by_sentence.masked_fill(words == PADDING, 0.0).sum(-1)
         return total.expand(self.batch_shape)
 
     def _log_probs(self, known: Tensor, words: Tensor) -> Tensor:
@@ -224,10 +225,10 @@ class Sentences(TorchDistribution):  # type: ignore[misc]
         pieces = [
             -cross_entropy(self.decoder.output(part), target, reduction="none")
             for part, target in zip(
-                known.flatten(0, -2).split(rows), targets.split(rows), strict=True
+                torch.split(known.flatten(0, -2), rows), torch.split(targets, rows), strict=True
             )
         ]
-        return torch.cat(pieces).unflatten(0, known.shape[:-1])
+        return torch.cat(pieces).reshape(known.shape[:-1])
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Word numbers ``(*sample, *batch, T)``."""
@@ -235,4 +236,4 @@ class Sentences(TorchDistribution):  # type: ignore[misc]
         z = None if self.z is None else self.z.expand(*shape, -1).reshape(shape.numel(), -1)
         with torch.no_grad():
             written = self.decoder.write(z, shape.numel(), self.event_shape[0], 1.0, 1.0)
-        return written.unflatten(0, shape)
+        return written.reshape(*shape, -1)
