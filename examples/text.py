@@ -55,14 +55,23 @@ def load(data: str, folder: Path) -> Dataset:
 
 
 def train(
-    dataset: Dataset, x: Tensor, folder: Path, *, epochs: int, hidden: int, z_dim: int, nats: float
+    dataset: Dataset,
+    x: Tensor,
+    folder: Path,
+    *,
+    epochs: int,
+    hidden: int,
+    z_dim: int,
+    dropout: float,
+    nats: float,
 ) -> dict[str, pvae.Run]:
     """The language model and the VAE, on the same sentences."""
-    sizes = {"num_levels": dataset.num_levels or 0, "embedding": hidden, "hidden": hidden}
+    sizes: dict[str, Any] = {"num_levels": dataset.num_levels, "dropout": dropout}
+    sizes |= {"embedding": hidden, "hidden": hidden}
     torch.manual_seed(0)
     language_model = LanguageModel(dataset.x_dim, **sizes)
     text = Text(dataset.x_dim, z_dim=z_dim, **sizes)
-    guide = TextEncoder(text.latents, text, embedding=hidden, hidden=hidden)
+    guide = TextEncoder(text.latents, text, embedding=hidden, hidden=hidden, dropout=dropout)
     # The KL costs little at first, then its full price in two cycles, and nothing below `nats`.
     steps = epochs * -(-len(x) // 32)
     objective = pvae.vae(beta=Cyclical(steps, cycles=2, start=0.1), free_bits=nats)
@@ -138,6 +147,7 @@ def main(
     epochs: int = 4,
     hidden: int = 64,
     z_dim: int = 16,
+    dropout: float = 0.1,
     free_bits: float = 4.0,
     num_test: int = 300,
     num_particles: int = 50,
@@ -152,7 +162,14 @@ def main(
         print(dataset.description())
         x, test = dataset.train.x[:num_sentences], dataset.test.x[:num_test]
         trained = train(
-            dataset, x, folder, epochs=epochs, hidden=hidden, z_dim=z_dim, nats=free_bits
+            dataset,
+            x,
+            folder,
+            epochs=epochs,
+            hidden=hidden,
+            z_dim=z_dim,
+            dropout=dropout,
+            nats=free_bits,
         )
         found = judge(trained, test, num_particles)
         runs.write_json(folder / "results.json", found)

@@ -51,7 +51,7 @@ class TextEncoder(nn.Module):
         embedding: int = 128,
         hidden: int = 128,
         kernel_sizes: Sequence[int] = (1, 3, 5),
-        dropout: float = 0.3,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if encoder not in ("convolutional", "lstm"):

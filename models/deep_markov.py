@@ -143,14 +143,13 @@ class DeepMarkov(nn.Module):
         """
         if x is None:
             mask = torch.ones(size, self.length, dtype=torch.bool, device=self.start.device)
-            steps = None
         else:
-            steps = x.reshape(len(x), -1, self.num_features).to(self.start.dtype)
-            mask = self.mask(steps, lengths)
+            x = x.flatten(1).to(self.start.dtype)
+            mask = self.mask(x.reshape(len(x), -1, self.num_features), lengths)
         with pyro.plate("data", len(mask), dim=-1):
             z = pyro.sample("z", self.chain(mask))
-            sampled: Tensor = pyro.sample("x", Padded(self.decode(z), mask), obs=steps)
-        return sampled.flatten(1)
+            sampled: Tensor = pyro.sample("x", Padded(self.decode(z), mask), obs=x)
+        return sampled
 
     def mask(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Which steps of ``x`` ``(B, T, D)`` are data: ``(B, T)``."""

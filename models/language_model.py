@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
         num_levels: int = 256,
         embedding: int = 128,
         hidden: int = 128,
-        dropout: float = 0.3,
+        dropout: float = 0.0,
         skip_padding: bool = True,
     ) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ class Text(nn.Module):
         z_dim: int = 32,
         embedding: int = 128,
         hidden: int = 128,
-        dropout: float = 0.3,
+        dropout: float = 0.0,
         word_dropout: float = 0.0,
         skip_padding: bool = True,
     ) -> None:

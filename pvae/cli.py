@@ -225,7 +225,9 @@ def _names(text: str) -> list[str]:
 def _fill_sample(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument("--size", type=_whole, metavar="N", default=64, help="how many (64)")
-    parser.add_argument("--out", metavar="FILE", help=".npy or .png (RUN/samples.npy)")
+    parser.add_argument(
+        "--out", metavar="FILE", help=".npy or .png, or .txt of text (RUN/samples.npy)"
+    )
     parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
 
 

@@ -125,22 +125,26 @@ class GaussianChain(TorchDistribution):  # type: ignore[misc]
         return total.expand(shape)
 
 
-class _CountedSteps(constraints.Constraint):
-    """A constraint on steps ``(*, T, D)`` that lets padding pass."""
+class _Steps(constraints.Constraint):
+    """A constraint on steps ``(*, T * D)`` that lets those pass that hold padding alone."""
 
-    def __init__(self, of_a_step: Any, mask: Tensor) -> None:
-        self.base_constraint, self.mask = of_a_step, mask
-        self.event_dim = of_a_step.event_dim + 1
+    event_dim = 1
+
+    def __init__(self, of_a_step: Any, num_features: int, padding: float) -> None:
+        self.base_constraint, self.num_features, self.padding = of_a_step, num_features, padding
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """``(*, T, D) -> (*,)``."""
-        inside: Tensor = self.base_constraint.check(value) | ~self.mask
+        """``(*, T * D) -> (*,)``."""
+        steps = value.reshape(*value.shape[:-1], -1, self.num_features)
+        inside: Tensor = self.base_constraint.check(steps) | (steps == self.padding).all(-1)
         return inside.all(-1)
 
 
 class Padded(TorchDistribution):  # type: ignore[misc]
     """Steps that are independent given what they depend on, some of them padding.
+
+    An event is a whole sequence, flattened: ``(T * D,)``.
 
     Args:
         base: Distribution of each step: batch ``(*, T)``, events ``(D,)``.
@@ -155,25 +159,27 @@ class Padded(TorchDistribution):  # type: ignore[misc]
     ) -> None:
         self.base, self.mask, self.padding = base, mask, padding
         batch = torch.broadcast_shapes(base.batch_shape, mask.shape)  # type: ignore[no-untyped-call]
-        super().__init__(batch[:-1], batch[-1:] + base.event_shape, validate_args=validate_args)
+        event = torch.Size([batch[-1] * base.event_shape[0]])
+        super().__init__(batch[:-1], event, validate_args=validate_args)
 
     @property
     def support(self) -> Any:
         """That of a step at every step that counts; padding may be anything."""
-        return _CountedSteps(self.base.support, self.mask)
+        return _Steps(self.base.support, self.base.event_shape[0], self.padding)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Padded:
         """The same distribution with a larger batch shape."""
-        steps = torch.Size(batch_shape) + self.event_shape[:1]
+        steps = torch.Size(batch_shape) + self.mask.shape[-1:]
         return Padded(self.base.expand(steps), self.mask, padding=self.padding, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``(*, T, D) -> (*,)``, nats: the sum over the steps that count."""
-        counted = value.masked_fill(~self.mask[..., None], 0)
+        """``(*, T * D) -> (*,)``, nats: the sum over the steps that count."""
+        steps = value.reshape(*value.shape[:-1], -1, self.base.event_shape[0])
+        counted = steps.masked_fill(~self.mask[..., None], 0)
         log_prob: Tensor = self.base.log_prob(counted).masked_fill(~self.mask, 0.0)
         return log_prob.sum(-1)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draws ``(*, T, D)``, padding where it is in the mask."""
+        """Draws ``(*, T * D)``, padding where it is in the mask."""
         drawn: Tensor = self.base.sample(sample_shape)
-        return drawn.masked_fill(~self.mask[..., None], self.padding)
+        return drawn.masked_fill(~self.mask[..., None], self.padding).flatten(-2)

@@ -113,7 +113,7 @@ def _weights(model, guide, batch, values):
     args = batch if isinstance(batch, tuple) else (batch,)
     mask = model.mask(args[0], *args[1:])
     log_p = model.chain(mask).log_prob(values)[0]
-    log_p = log_p + Padded(model.decode(values), mask).log_prob(args[0])[0]
+    log_p = log_p + Padded(model.decode(values), mask).log_prob(args[0].flatten(1))[0]
     return log_p - guide.posterior(*args)["z"].expand([1, 4]).log_prob(values)[0]
 
 
@@ -125,7 +125,9 @@ def test_padding_that_is_counted_is_caught():
     forgetful = Padded(model.decode(values), torch.ones(4, 6, dtype=torch.bool))
     right = Padded(model.decode(values), step_mask(x))
     zeros = x.clamp(min=0)
-    assert not torch.allclose(forgetful.log_prob(zeros), right.log_prob(zeros))
+    assert not torch.allclose(
+        forgetful.log_prob(zeros.flatten(1)), right.log_prob(zeros.flatten(1))
+    )
 
 
 def test_backward_guide_sees_the_future_alone_and_forward_the_past():
