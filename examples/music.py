@@ -52,7 +52,7 @@ def load(data: str) -> dict[str, Tensor]:
         return {part: scales(40, seed) for seed, part in enumerate(("train", "valid", "test"))}
     dataset = pvae.data.load(data)
     return {
-        part: getattr(dataset, part).x.reshape(-1, *dataset.image_shape)
+        part: getattr(dataset, part).x.reshape(-1, *(dataset.image_shape or ()))
         for part in ("train", "valid", "test")
     }
 
@@ -130,7 +130,7 @@ def main(
     epochs: int = 120,
     z_dim: int = 32,
     hidden: int = 128,
-    num_particles: int = 100,
+    num_particles: int = 200,
     out: str | None = None,
 ) -> None:
     """Train, judge, compose; everything lands in one folder."""
@@ -147,13 +147,14 @@ def main(
         model = DeepMarkov(
             length * KEYS, image_shape=(length, KEYS), z_dim=z_dim, transition_hidden=2 * z_dim
         )
-        guide = ForwardBackward(model, hidden=hidden, dropout=0.1)
+        guide = ForwardBackward(model, hidden=hidden, dropout=0.2)
         steps = epochs * -(-len(rolls["train"]) // 20)
-        warm_up = Linear(max(1, steps // 4), start=0.1)
+        warm_up = Linear(max(1, steps // 3), start=0.1)
         run = pvae.fit(
             model, guide, rolls["train"], valid=rolls["valid"], preprocess=trim,
             objective=pvae.vae(beta=warm_up), epochs=epochs, batch_size=20, lr=3e-3,
-            lr_schedule="cosine", clip_norm=10.0, engine="eager", run_dir=folder,
+            optimizer="adamw", optimizer_options={"weight_decay": 0.02}, lr_schedule="cosine",
+            clip_norm=10.0, engine="eager", run_dir=folder,
         )  # fmt: skip
         found = judge(run, rolls["test"], num_particles)
         runs.write_json(folder / "results.json", found)

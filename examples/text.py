@@ -70,11 +70,12 @@ def train(
     sizes |= {"embedding": hidden, "hidden": hidden}
     torch.manual_seed(0)
     language_model = LanguageModel(dataset.x_dim, **sizes)
+    torch.manual_seed(0)
     text = Text(dataset.x_dim, z_dim=z_dim, **sizes)
-    guide = TextEncoder(text.latents, text, embedding=hidden, hidden=hidden, dropout=dropout)
+    guide = TextEncoder(text.latents, text, embedding=hidden, hidden=hidden // 2, dropout=dropout)
     # The KL costs little at first, then its full price in two cycles, and nothing below `nats`.
     steps = epochs * -(-len(x) // 32)
-    objective = pvae.vae(beta=Cyclical(steps, cycles=2, start=0.1), free_bits=nats)
+    objective = pvae.vae(beta=Cyclical(steps, cycles=2, start=0.05), free_bits=nats)
     pairs: dict[str, Any] = {
         "language model": (language_model, Exact(language_model), None),
         "vae": (text, guide, objective),
@@ -147,7 +148,7 @@ def main(
     epochs: int = 4,
     hidden: int = 64,
     z_dim: int = 16,
-    dropout: float = 0.1,
+    dropout: float = 0.0,
     free_bits: float = 4.0,
     num_test: int = 300,
     num_particles: int = 50,
@@ -194,6 +195,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="ptb", help="a named set, a .txt file, or grammar")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--num-sentences", type=int, default=6000)
+    parser.add_argument("--num-sentences", type=int, default=6000, help="to train on")
+    parser.add_argument("--num-test", type=int, default=300, help="to judge by")
     parser.add_argument("--out", help="folder to write (runs/example-text-<n>)")
     main(**vars(parser.parse_args()))

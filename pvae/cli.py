@@ -108,7 +108,7 @@ def _fill_train(parser: _Parser) -> None:
 
     option("guide", str, "GUIDE", "likewise")
     option("objective", str, "O", "what is maximised: vae, beta_vae, iwae, dreg, stl, rws, …")
-    option("data", str, "D", "a name from `pvae list`, or a .npy, .npz or .csv file")
+    option("data", str, "D", "a name from `pvae list`, or a .npy, .npz, .csv or .txt file")
     option("binarize", _or_none(str), "HOW", "dynamic, fixed or threshold: grey values to bits")
     option("transform", str, "T", "none, dequantize, logit, standardize; chosen by the data")
     option("epochs", _whole, "N", "passes over the training data")

@@ -495,7 +495,7 @@ def sample(arguments: argparse.Namespace) -> None:
     """``pvae sample``: draws from a run, on the original scale."""
     folder, out = Path(arguments.run), arguments.out
     if out is not None and Path(out).suffix not in (".npy", ".png", ".txt"):
-        raise OptionError(f"--out must end in .npy, .png or .txt, got {out!r}")
+        raise OptionError(f"--out must end in .npy or .png, or in .txt for text, got {out!r}")
     if arguments.size < 1:
         raise OptionError(f"--size must be at least 1, got {arguments.size}")
     config, run = runs.read_config(folder), runs.load(folder)
