@@ -117,7 +117,7 @@ def _fill_train(parser: _Parser) -> None:
 
     option("guide", str, "GUIDE", "likewise")
     option("objective", str, "O", "what is maximised: vae, beta_vae, iwae, dreg, stl, rws, …")
-    option("data", str, "D", "a name from `pvae list`, or a .npy, .npz or .csv file")
+    option("data", str, "D", "a name from `pvae list`, or a .npy, .npz, .csv or .txt file")
     option("binarize", _or_none(str), "HOW", "dynamic, fixed or threshold: grey values to bits")
     option("transform", str, "T", "none, dequantize, logit, standardize; chosen by the data")
     option("labels", _or_none(_whole), "N", "how many labels of training data are known; all")
@@ -269,7 +269,9 @@ def _names(text: str) -> list[str]:
 def _fill_sample(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument("--size", type=_whole, metavar="N", default=64, help="how many (64)")
-    parser.add_argument("--out", metavar="FILE", help=".npy or .png (RUN/samples.npy)")
+    parser.add_argument(
+        "--out", metavar="FILE", help=".npy or .png, or .txt of text (RUN/samples.npy)"
+    )
     parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
 
 

@@ -600,13 +600,16 @@ def _write_csv(path: Path, table: list[dict[str, Any]]) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     """``pvae sample``: draws from a run, on the original scale."""
     folder, out = Path(arguments.run), arguments.out
-    target = folder / "samples.npy" if out is None else Path(out)
-    if target.suffix not in (".npy", ".png"):
-        raise OptionError(f"--out must end in .npy or .png, got {str(target)!r}")
+    if out is not None and Path(out).suffix not in (".npy", ".png", ".txt"):
+        raise OptionError(f"--out must end in .npy or .png, or in .txt for text, got {out!r}")
     if arguments.size < 1:
         raise OptionError(f"--size must be at least 1, got {arguments.size}")
     config, run = runs.read_config(folder), runs.load(folder)
     dataset = data_for(config, None)
+    is_text = dataset.vocabulary is not None
+    target = folder / ("samples.txt" if is_text else "samples.npy") if out is None else Path(out)
+    if target.suffix == ".txt" and not is_text:
+        raise OptionError(f"{dataset.name} is no text: let --out end in .npy or .png")
     import torch
 
     x, labels = torch.zeros(arguments.size, dataset.x_dim), dataset.test.labels
@@ -629,6 +632,12 @@ def _write_samples(drawn: Any, dataset: Dataset, target: Path) -> list[Path]:
     from pvae.checkpoints import write_aside
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".txt":
+        from pvae.data.text import words_of
+
+        lines = words_of(drawn, dataset.vocabulary or ())
+        write_aside(target, ("\n".join(lines) + "\n").encode())
+        return [target]
     written = []
     if target.suffix == ".npy":
         content = io.BytesIO()

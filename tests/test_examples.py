@@ -14,6 +14,8 @@ SETTINGS = {
     "own_model.py": {"epochs": 2},
     "custom_objective.py": {"epochs": 2},
     "em_is_vi.py": {"passes": 3},
+    "music.py": {"data": "scales", "epochs": 3, "z_dim": 4, "hidden": 8, "num_particles": 4},
+    "text.py": {"data": "grammar", "epochs": 2, "hidden": 8, "num_test": 20, "num_particles": 5},
 }
 
 

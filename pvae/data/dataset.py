@@ -63,6 +63,8 @@ class Dataset:
         transform: From the original scale, noise added, to the model's scale.
         num_levels: Number of grey levels or counts, 0 to ``num_levels - 1``, of integer sources.
         treatment: What was done, in the words of :func:`load`.
+        padding: The number in ``x`` after the end of a sequence; ``None`` where rows have no end.
+        vocabulary: Of text, the words that the numbers in ``x`` stand for.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Dataset:
     transform: Transform
     num_levels: int | None
     treatment: str
+    padding: int | None = None
+    vocabulary: tuple[str, ...] | None = None
 
     @property
     def x_dim(self) -> int:
@@ -83,8 +87,14 @@ class Dataset:
         return self.train.x.shape[1]
 
     def bits_per_dim(self, log_p: Tensor) -> Tensor:
-        """``-log_p / (D ln 2)``: nats per datum to bits per dimension."""
-        return -log_p / (self.x_dim * math.log(2))
+        """``-log_p / (D ln 2)``: nats per datum to bits per dimension.
+
+        Of sequences, D is the mean number of dimensions of the test split that are not padding.
+        """
+        dims: float = self.x_dim
+        if self.padding is not None:
+            dims = float((self.test.x != self.padding).sum()) / len(self.test)
+        return -log_p / (dims * math.log(2))
 
     def description(self) -> str:
         """One line: ``digits: 1257/180/360 x 64, continuous (dequantize), original 0..16``."""

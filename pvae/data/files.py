@@ -39,7 +39,7 @@ def read_arrays(path: Path) -> Arrays:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path} ends in {path.suffix or 'no suffix'!r}, expected .npz, .npy or .csv: "
+            f"{path} ends in {path.suffix or 'no suffix'!r}, expected .npz, .npy, .csv or .txt: "
             "save it as one of these"
         )
     if not path.is_file():

@@ -15,6 +15,7 @@ from pvae.data.dataset import Dataset, Dequantize, Preprocess, Split
 from pvae.data.files import PARTS, Arrays, read_arrays
 from pvae.data.sources import SOURCES
 from pvae.data.tensors import all_finite, locate, to_tensor
+from pvae.data.text import read_lines, sentences
 from pvae.data.transforms import Chain, Logit, Scale, Standardize, Transform
 from pvae.errors import DataError, OptionError, did_you_mean
 
@@ -36,11 +37,16 @@ def load(
     seed: int = 0,
     root: str | Path | None = None,
 ) -> Dataset:
-    """Load a named data set (:func:`sources`) or a user's ``.npz``, ``.npy`` or ``.csv`` file.
+    """Load a named data set (:func:`sources`) or a user's array or text file.
 
-    A file holds ``x`` of shape ``(N, ...)``, or an ``.npz`` its own ``train``, ``test`` and perhaps
-    ``valid``; labels are ``labels`` or ``y``, and ``train_labels`` or ``train_y`` and so on. What
-    is random here depends on ``seed`` alone, and torch's global stream is left as it was.
+    An array file (``.npz``, ``.npy`` or ``.csv``) holds ``x`` of shape ``(N, ...)``, or an ``.npz``
+    its own ``train``, ``test`` and perhaps ``valid``; labels are ``labels`` or ``y``, and
+    ``train_labels`` or ``train_y`` and so on. What is random here depends on ``seed`` alone, and
+    torch's global stream is left as it was.
+
+    A ``.txt`` file holds one sentence a line, its words apart by spaces. Sentences are numbers of
+    words (:mod:`pvae.data.text`), padded, as they are in the named sets of text; neither these nor
+    the sets of padded sequences are transformed.
 
     Args:
         name_or_path: Name, or path of a file.
@@ -66,8 +72,20 @@ def load(
         DataError: The data are missing, damaged, or unfit for the options.
     """
     steps = _check_options(binarize, transform, valid_fraction, test_fraction)
-    name, arrays = _read(name_or_path, root)
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".txt" and name_or_path not in SOURCES:
+        name, arrays = path.name, _read_text(path, valid_fraction, test_fraction, seed)
+        valid_fraction = test_fraction = None
+    else:
+        name, arrays = _read(name_or_path, root)
     rows = _Rows.of(name, arrays).split(valid_fraction, test_fraction, seed)
+    if "padding" in arrays:
+        if steps or binarize is not None:
+            raise OptionError(
+                f"{name} holds padded sequences, which have no transform: leave out "
+                f"{'transform' if steps else 'binarize'}"
+            )
+        return _sequences(rows, arrays)
     num_levels = _num_levels(rows.x)
     if num_levels == 2 and not steps:
         return _untouched(rows, num_levels, "binary")
@@ -121,10 +139,24 @@ def _read(name_or_path: str | Path, root: str | Path | None) -> tuple[str, Array
     path = Path(name_or_path).expanduser()
     if isinstance(name_or_path, str) and not path.suffix and len(path.parts) < 2:
         raise OptionError(
-            f"{name_or_path!r} is neither a named data set nor the path of a .npz, .npy or .csv "
-            f"file: {did_you_mean(name_or_path, SOURCES)}"
+            f"{name_or_path!r} is neither a named data set nor the path of a .npz, .npy, .csv or "
+            f".txt file: {did_you_mean(name_or_path, SOURCES)}"
         )
     return path.name, read_arrays(path)
+
+
+def _read_text(
+    path: Path, valid_fraction: float | None, test_fraction: float | None, seed: int
+) -> Arrays:
+    """A user's sentences, split before their words are counted."""
+    lines = read_lines(path)
+    shares = {
+        "valid": 0.1 if valid_fraction is None else valid_fraction,
+        "test": 0.2 if test_fraction is None else test_fraction,
+    }
+    index = _partition(path.name, len(lines), shares, seed)
+    parts = {part: [lines[row] for row in rows.tolist()] for part, rows in index.items()}
+    return sentences(path.name, parts)
 
 
 @dataclass(frozen=True)
@@ -234,6 +266,16 @@ def _num_levels(parts: Mapping[str, Tensor]) -> int | None:
 def _untouched(rows: _Rows, num_levels: int | None, kind: str) -> Dataset:
     drawn = {part: (x, _zeros(x)) for part, x in rows.x.items()}
     return _assemble(rows, drawn, kind=kind, num_levels=num_levels, treatment="none")
+
+
+def _sequences(rows: _Rows, arrays: Arrays) -> Dataset:
+    """Padded sequences: words where there is a vocabulary, binary steps where there is none."""
+    words = tuple(map(str, arrays["vocabulary"])) if "vocabulary" in arrays else None
+    num_levels = 2 if words is None else len(words)
+    plain = _untouched(rows, num_levels, "binary" if words is None else "integer")
+    padding = int(arrays["padding"])
+    treatment = "steps" if words is None else "words"
+    return replace(plain, padding=padding, vocabulary=words, treatment=treatment)
 
 
 def _binarize(rows: _Rows, num_levels: int | None, how: str, seed: int) -> Dataset:

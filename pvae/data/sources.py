@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
+from pvae.data.sequences import SEQUENCES
 from pvae.data.sprites import sprites, sprites_32
 from pvae.errors import DataError
 
@@ -245,6 +246,7 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
             "sprites-32": sprites_32,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
             **{name: _single_cell(name) for name in _SINGLE_CELL},
+            **SEQUENCES,
         }.items()
     )
 )

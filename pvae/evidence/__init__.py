@@ -18,6 +18,7 @@ from pvae.evidence.escalation import (
     measured_curve,
     standard_ladder,
 )
+from pvae.evidence.filtering import filtered
 from pvae.evidence.gaps import Gaps, gaps
 from pvae.evidence.importance import Evidence, importance
 from pvae.evidence.information import Dimension, Information, information
@@ -39,6 +40,7 @@ __all__ = [
     "auto",
     "calibration",
     "escalation_report",
+    "filtered",
     "gaps",
     "importance",
     "importance_upper",

@@ -18,7 +18,7 @@ from pvae.evidence.annealing import Annealer, Progress, Schedule, evidence_of
 from pvae.evidence.importance import Evidence
 from pvae.evidence.paths import Point
 
-__all__ = ["smc", "systematic"]
+__all__ = ["ancestors", "group_means", "grouped", "smc", "systematic"]
 
 
 def smc(
@@ -120,6 +120,22 @@ def systematic(
         size: M, particles in a group.
         ess_threshold: Share of M.
     """
+    after, index = ancestors(log_weights, size, ess_threshold)
+    moved = [
+        part.gather(0, index if part.dim() == 2 else index[..., None].expand_as(part))
+        for part in point
+    ]
+    return after, Point(*moved)
+
+
+def ancestors(log_weights: Tensor, size: int, ess_threshold: float) -> tuple[Tensor, Tensor]:
+    """Weights after :func:`systematic` resampling, and who each particle is a copy of: ``(K, B)``.
+
+    Args:
+        log_weights: ``(K, B)``, groups of ``size`` one after another.
+        size: M, particles in a group.
+        ess_threshold: Share of M below which a group is resampled.
+    """
     num_particles, num_data = log_weights.shape
     grouped_weights = log_weights.reshape(-1, size, num_data).movedim(1, -1)  # (G, B, M)
     effective = algebra.ess(grouped_weights.movedim(-1, 0))
@@ -133,15 +149,15 @@ def systematic(
     after = torch.where(falls, mean, grouped_weights).movedim(-1, 1).reshape(log_weights.shape)
     first = torch.arange(0, num_particles, size, device=shares.device)[:, None, None]
     index = (first + chosen).movedim(-1, 1).reshape(num_particles, num_data)
-    moved = [
-        part.gather(0, index if part.dim() == 2 else index[..., None].expand_as(part))
-        for part in point
-    ]
-    return after, Point(*moved)
+    return after, index
 
 
 def grouped(log_weights: Tensor, size: int) -> Evidence:
     """Evidence from log weights ``(K, B)``, its error from the spread between groups."""
     found = evidence_of(log_weights, "sequential Monte Carlo")
-    means = algebra.log_mean_exp(log_weights.reshape(-1, size, log_weights.shape[1]).movedim(1, 0))
-    return dataclasses.replace(found, stderr=algebra.stderr(means).cpu())
+    return dataclasses.replace(found, stderr=algebra.stderr(group_means(log_weights, size)).cpu())
+
+
+def group_means(log_weights: Tensor, size: int) -> Tensor:
+    """Log mean weight of each group: ``(K, B) -> (G, B)``."""
+    return algebra.log_mean_exp(log_weights.reshape(-1, size, log_weights.shape[1]).movedim(1, 0))
