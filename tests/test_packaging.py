@@ -17,7 +17,18 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
-    {"networks", "distributions", "families", "models", "guides"},
+    {
+        "networks",
+        "distributions",
+        "families",
+        "flows",
+        "likelihoods",
+        "mixtures",
+        "priors",
+        "von_mises_fisher",
+        "models",
+        "guides",
+    },  # fmt: skip
     {"particles"},
     {"bounds"},
     {"gradients", "schedules"},
