@@ -201,8 +201,9 @@ class VonMisesFisher(TorchDistribution):  # type: ignore[misc]
         tangent = noise - (noise * loc).sum(-1, keepdim=True) * loc
         tangent = tangent / tangent.norm(dim=-1, keepdim=True)
         cosine, sine = angle.cos().to(loc.dtype), angle.sin().to(loc.dtype)
-        value: Tensor = cosine[..., None] * loc + sine[..., None] * tangent
-        return value
+        value = cosine[..., None] * loc + sine[..., None] * tangent
+        unit: Tensor = value / value.norm(dim=-1, keepdim=True)  # one already, up to rounding
+        return unit
 
     @property
     def mean(self) -> Tensor:
