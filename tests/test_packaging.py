@@ -18,6 +18,7 @@ FLOORS = [
     {"errors", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
     {
+        "codebooks",
         "networks",
         "distributions",
         "families",
@@ -25,6 +26,7 @@ FLOORS = [
         "likelihoods",
         "mixtures",
         "priors",
+        "relaxations",
         "von_mises_fisher",
         "models",
         "guides",
