@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pvae.errors import OptionError, did_you_mean
 
-__all__ = ["MLP", "activation_module", "join", "one_hot"]
+__all__ = ["MLP", "Encoder", "activation_module", "join", "one_hot"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -86,3 +86,44 @@ def one_hot(index: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """
     classes = torch.arange(num_classes, device=index.device)
     return (index[..., None] == classes).to(dtype)
+
+
+class Encoder(nn.Module):
+    """Data to features: standardised, then a multilayer perceptron that ends in its non-linearity.
+
+    ``features``: ``(*, x_dim) -> (*, out_features)``.
+
+    Args:
+        x_dim: Number of features of a datum.
+        hidden: Width of each layer, the last of which is ``out_features``; empty for the
+            standardised data themselves.
+        activation_name: Non-linearity after each layer.
+        x_mean: Subtracted from the data, ``(x_dim,)``; none by default.
+        x_scale: By which they are divided, ``(x_dim,)``; none by default.
+    """
+
+    x_mean: Tensor
+    x_scale: Tensor
+
+    def __init__(
+        self,
+        x_dim: int,
+        hidden: Sequence[int] = (200, 200),
+        *,
+        activation_name: str = "silu",
+        x_mean: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features = hidden[-1] if hidden else x_dim
+        self.register_buffer("x_mean", torch.zeros(x_dim) if x_mean is None else x_mean.clone())
+        self.register_buffer("x_scale", torch.ones(x_dim) if x_scale is None else x_scale.clone())
+        self.body: nn.Module = nn.Identity()
+        if hidden:
+            layers = MLP(x_dim, hidden[-1], hidden[:-1], activation_name=activation_name)
+            self.body = nn.Sequential(layers, activation_module(activation_name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of ``x``: ``(*, x_dim) -> (*, out_features)``."""
+        features: Tensor = self.body((x - self.x_mean) / self.x_scale)
+        return features

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.poutine.messenger import Messenger, unwrap
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
@@ -940,13 +941,23 @@ def _check_latent_support(name: str, prior: Any, drawn: Any) -> None:
         support = prior.support
     except NotImplementedError:
         return
-    if support is None or bool(support.check(drawn["value"]).all()):
-        return
     families = type(_base(prior)).__name__, type(_base(drawn["fn"])).__name__
+    own = _support(drawn["fn"])
+    if support is None or bool(support.check(drawn["value"]).all()):
+        if support in _SURFACES or getattr(support, "is_discrete", False) or own not in _SURFACES:
+            return
+        raise ProgramError(
+            f"site {name!r}: the guide ({families[1]}) draws on {_in_words(own)}, a surface in the "
+            f"space of the model's {families[0]}, so their densities cannot be compared: use a "
+            "guide of the model's support, or a prior of the guide's"
+        )
     raise ProgramError(
         f"site {name!r}: the model ({families[0]}) takes values in {_in_words(support)}, the guide "
         f"({families[1]}) draws values outside it: use a guide of that support"
     )
+
+
+_SURFACES = (constraints.sphere, constraints.simplex)  # of no volume in the space around them
 
 
 def _frames(node: Any) -> list[Any]:

@@ -21,21 +21,21 @@ def mixture(dtype: torch.dtype = torch.float32) -> VAE:
     torch.manual_seed(0)
     model = VAE(6, z_dim=2, hidden=(8,), prior="mixture", prior_components=3).to(dtype)
     with torch.no_grad():
-        model.prior_logits.copy_(torch.tensor([0.0, 1.0, -1.0]))
-        model.prior_loc.copy_(torch.tensor([[-2.0, 0.0], [1.0, 1.0], [0.0, 4.0]]))
-        model.prior_raw_scale.add_(torch.tensor([[0.0], [-1.0], [1.0]]))
+        model.prior.logits.copy_(torch.tensor([0.0, 1.0, -1.0]))
+        model.prior.loc.copy_(torch.tensor([[-2.0, 0.0], [1.0, 1.0], [0.0, 4.0]]))
+        model.prior.raw_scale.add_(torch.tensor([[0.0], [-1.0], [1.0]]))
     return model
 
 
 def test_density_is_the_mixture():
     model = mixture(torch.float64)
     z = torch.randn(50, 2, dtype=torch.float64)
-    scale = torch.nn.functional.softplus(model.prior_raw_scale) + 1e-3
-    square = ((z[:, None] - model.prior_loc) / scale).square()
+    scale = torch.nn.functional.softplus(model.prior.raw_scale) + 1e-3
+    square = ((z[:, None] - model.prior.loc) / scale).square()
     log_component = (-0.5 * square - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-    weights = model.prior_logits.softmax(0)
+    weights = model.prior.logits.softmax(0)
     expected = (weights * log_component.exp()).sum(-1).log()
-    assert (model.latent_prior().log_prob(z) - expected).abs().max() < 1e-10
+    assert (model.prior().log_prob(z) - expected).abs().max() < 1e-10
 
 
 def test_draws_have_the_moments_of_the_mixture():
@@ -44,10 +44,10 @@ def test_draws_have_the_moments_of_the_mixture():
     trace = pyro.poutine.trace(model).get_trace(size=size)
     z = trace.nodes["z"]["value"]
     assert z.shape == (size, 2)
-    weights = model.prior_logits.softmax(0)
-    variance = (torch.nn.functional.softplus(model.prior_raw_scale) + 1e-3).square()
-    mean = weights @ model.prior_loc
-    second = weights @ (variance + model.prior_loc.square())
+    weights = model.prior.logits.softmax(0)
+    variance = (torch.nn.functional.softplus(model.prior.raw_scale) + 1e-3).square()
+    mean = weights @ model.prior.loc
+    second = weights @ (variance + model.prior.loc.square())
     for power, expected in ((1, mean), (2, second)):
         found = z.pow(power)
         error = found.std(0) / math.sqrt(size)
@@ -58,17 +58,17 @@ def test_a_mixture_of_one_standard_component_is_the_default():
     torch.manual_seed(0)
     model = VAE(6, z_dim=2, hidden=(8,), prior="mixture", prior_components=1).double()
     with torch.no_grad():
-        model.prior_loc.zero_()
-        model.prior_raw_scale.fill_(math.log(math.expm1(1 - 1e-3)))
+        model.prior.loc.zero_()
+        model.prior.raw_scale.fill_(math.log(math.expm1(1 - 1e-3)))
     z = torch.randn(20, 2, dtype=torch.float64)
     normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
-    assert (model.latent_prior().log_prob(z) - normal).abs().max() < 1e-10
+    assert (model.prior().log_prob(z) - normal).abs().max() < 1e-10
 
 
 def test_the_default_program_is_as_it_was():
     torch.manual_seed(0)
     model = VAE(6, z_dim=2, hidden=(8,))
-    names = {"prior_loc", "decoder.0.weight", "decoder.0.bias", "decoder.2.weight"}
+    names = {"prior.loc", "decoder.0.weight", "decoder.0.bias", "decoder.2.weight"}
     assert set(model.state_dict()) == {*names, "decoder.2.bias"}
     torch.manual_seed(0)
     other = VAE(6, z_dim=2, hidden=(8,), prior="mixture")
@@ -92,7 +92,7 @@ def test_engines_agree(engine, objective):
             engine=engine, progress=False,
         )  # fmt: skip
         assert run.engine.startswith(engine)
-        moved = model.prior_loc.detach() - mixture().prior_loc.detach()
+        moved = model.prior.loc.detach() - mixture().prior.loc.detach()
         assert (moved != 0).all()
         return [row["bound"] for row in run.history]
 
@@ -109,7 +109,7 @@ def test_evidence_of_a_mixture_pair():
         guide.heads["z"].bias.copy_(torch.tensor([0.0, 0.0, 5.0, 5.0]))
         side = torch.linspace(-25, 25, 501, dtype=torch.float64)
         z = torch.cartesian_prod(side, side)
-        log_joint = model.latent_prior().log_prob(z)[:, None] + torch.stack(
+        log_joint = model.prior().log_prob(z)[:, None] + torch.stack(
             [model.decode(z).log_prob(row) for row in x], 1
         )
         exact = log_joint.logsumexp(0) + 2 * math.log(0.1)
@@ -122,7 +122,7 @@ def test_evidence_of_a_mixture_pair():
     ("options", "message"),
     [
         ({"prior": "mixtur"}, "no prior is called 'mixtur': did you mean 'mixture'?"),
-        ({"prior": "mixture", "prior_components": 0}, "prior_components must be at least 1, got 0"),
+        ({"prior": "mixture", "prior_components": 0}, "num_components must be at least 1, got 0"),
     ],
 )
 def test_wrong_options(options, message):
