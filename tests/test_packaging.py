@@ -15,10 +15,15 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "published", "rewrites", "seeds"},
+    {"errors", "inversion", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
-    {"networks", "distributions", "families", "models", "guides"},
-    {"particles"},
+    {"networks", "distributions", "families", "models"},
+    {"encoders", "heads", "particles"},
+    {"structure"},
+    {"factors"},
+    {"guide_source"},
+    {"assembly", "explanation"},
+    {"guides"},
     {"bounds"},
     {"gradients", "schedules"},
     {"objectives", "data"},

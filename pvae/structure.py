@@ -1,0 +1,578 @@
+"""What a model is made of: sites, supports, plates and dependencies, read from its own traces.
+
+The model is run a few times on one batch. What has to be the same at each run (which sites there
+are, their shapes, supports and plates) is compared; what depends on what is found in two ways that
+miss different things: by labels that travel with the tensors, and by drawing one site anew and
+seeing which densities move.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.errors import ProgramError
+from pvae.particles import ModelSite, arguments, read_dependencies, read_model
+
+__all__ = ["Entry", "Latent", "Observed", "Plate", "Structure", "Where", "read"]
+
+Sites = dict[str, ModelSite]
+
+_NUM_RUNS = 6
+_MOST_MOVED = 24  # latents up to which each is drawn anew
+_NUM_DRAWS = 64  # of each site's conditional prior, per run
+_NUMBERED = re.compile(r"^(.*?)(\d+)(\D*)$")
+
+
+@dataclass(frozen=True)
+class Where:
+    """A tensor within the batch: an entry, or the slice of it at one step, or its negation."""
+
+    entry: Any
+    step: int | None = None
+    negated: bool = False
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate of the model.
+
+    Attributes:
+        name: Its name.
+        dim: Its batch dimension.
+        size: Its size on the example.
+        total: Its full size where it is subsampled, else ``None``.
+        axis: (entry, axis) of the batch that is as long, so that its size follows the batch.
+    """
+
+    name: str
+    dim: int
+    size: int
+    total: int | None
+    axis: tuple[Any, int] | None
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A site that the guide has to draw.
+
+    Attributes:
+        name: Its name.
+        family: Name of its distribution's class.
+        support: Its support, ``event_shape`` included.
+        event_shape: Shape of one draw.
+        plates: Names of its plates, data plate included, from the outermost in.
+        is_global: Whether it is outside the data plate.
+        enumerate: What the model says of its enumeration.
+        mask: Where in the batch its mask is found.
+        draws: Values of its conditional prior, ``(S, *event_shape)``.
+        categories: Number of values of a categorical site.
+    """
+
+    name: str
+    family: str
+    support: Any
+    event_shape: tuple[int, ...]
+    plates: tuple[str, ...]
+    is_global: bool
+    enumerate: str | None
+    mask: Where | None
+    draws: Tensor
+    categories: int | None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A site whose value is given.
+
+    Attributes:
+        name: Its name.
+        where: Where in the batch the value is found, if it is there.
+        support: Its support, or ``None``.
+        family: Name of its distribution's class.
+        plates: Names of its plates.
+        categories: Number of values of a categorical site.
+    """
+
+    name: str
+    where: Where | None
+    support: Any
+    family: str
+    plates: tuple[str, ...]
+    categories: int | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the batch with a row for each datum.
+
+    Attributes:
+        key: Position or name among the model's arguments.
+        shape: Shape of one datum.
+        plates: Axis of the datum's tensor -> name of the plate it belongs to.
+        has_steps: Whether observed sites take it slice by slice along its first axis.
+        is_count: Whether it holds counts.
+        categories: Number of values, where it holds categories.
+        is_observed: Whether a likelihood scores it.
+        has_missing: Whether some of it is NaN.
+    """
+
+    key: Any
+    shape: tuple[int, ...]
+    plates: Mapping[int, str]
+    has_steps: bool
+    is_count: bool
+    categories: int | None
+    is_observed: bool
+    has_missing: bool
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model on batches of one form.
+
+    Attributes:
+        latents: In the model's order.
+        observed: In the model's order.
+        parents: Site -> latent sites that its density depends on.
+        reads: Site -> tensors of the batch that its density depends on, its own value included.
+        plates: By name; those that a latent or observed site is in.
+        data: Name of the plate that indexes the data.
+        entries: The batch's tensors.
+    """
+
+    latents: dict[str, Latent]
+    observed: dict[str, Observed]
+    parents: dict[str, frozenset[str]]
+    reads: dict[str, frozenset[Any]]
+    plates: dict[str, Plate]
+    data: str
+    entries: dict[Any, Entry]
+
+
+def read(model: Callable[..., Any], batch: Any) -> Structure:
+    """Read a model's structure off its traces on an example batch.
+
+    Args:
+        model: A Pyro callable with latent and observed sites.
+        batch: What it is called with, a few rows are enough; two at least.
+
+    Raises:
+        ProgramError: The model's sites, shapes or supports are random, a site has no place in a
+            plate, or its support depends on other sites; the message names site and remedy.
+    """
+    runs = [read_model(model, batch, seed=seed) for seed in range(_NUM_RUNS)]
+    first, data_dim, data_names = runs[0]
+    _check_same_sites([sites for sites, _, _ in runs])
+    drawn = {n: s for n, s in first.items() if not s.is_observed}
+    if not drawn:
+        raise ProgramError(
+            "the model has no latent site: give it at least one pyro.sample without obs"
+        )
+    tensors = _entries(batch)
+    if max(map(len, tensors.values()), default=0) < 2:
+        raise ProgramError(
+            "the example batch must hold tensors with a row for each of at least 2 data, so that "
+            "their shape shows what a datum is"
+        )
+    labels = _labels(model, batch, first)
+    parents = _parents(model, batch, first, labels)
+    observed = {n: s for n, s in first.items() if s.is_observed}
+    found = {n: _find(s.value, s, data_dim, tensors) for n, s in observed.items()}
+    entries = {k: _entry(k, t, observed, found, data_dim) for k, t in tensors.items()}
+    plates = _plates(first, data_dim, data_names, entries)
+    data = next(n for n in plates if n in data_names)
+    _fill_axes(entries, plates, data)
+    plates = {n: _with_axis(p, entries) for n, p in plates.items()}
+    return Structure(
+        latents={n: _latent(n, [sites[n] for sites, _, _ in runs], data_names, tensors)
+                 for n in drawn},
+        observed={n: _observed(n, s, found[n], plates) for n, s in observed.items()},
+        parents=parents,
+        reads=_reads(first, labels, found, entries),
+        plates=plates,
+        data=data,
+        entries=entries,
+    )  # fmt: skip
+
+
+# --- what has to be the same at every run --------------------------------------------------------
+
+
+def _check_same_sites(runs: list[Sites]) -> None:
+    first = runs[0]
+    for other in runs[1:]:
+        for name in [*first, *other]:
+            if name not in first or name not in other:
+                raise ProgramError(_random_support(name))
+            one, two = first[name], other[name]
+            shapes = [tuple(s.distribution.shape()) for s in (one, two)]
+            if shapes[0] != shapes[1]:
+                raise ProgramError(
+                    f"site {name!r} has shape {shapes[0]} at one run of the model and {shapes[1]} "
+                    "at another: give it one size, and mask what is not used"
+                )
+
+
+def _random_support(name: str) -> str:
+    return (
+        f"site {name!r} is drawn at some runs of the model and not at others, so no guide can be "
+        "derived: draw it at every run, and mask it (poutine.mask) where it is not used"
+    )
+
+
+# --- what depends on what ------------------------------------------------------------------------
+
+
+def _labels(model: Callable[..., Any], batch: Any, sites: Sites) -> dict[str, Any] | None:
+    labels = read_dependencies(model, batch)
+    if labels is not None and labels.keys() == sites.keys():
+        return labels
+    latents = [n for n, s in sites.items() if not s.is_observed]
+    if len(latents) > _MOST_MOVED:
+        raise ProgramError(
+            f"the model's {len(latents)} latent sites cannot be followed through its operations "
+            f"(the first is {latents[0]!r}): keep to torch operations on whole tensors"
+        )
+    return None
+
+
+def _parents(
+    model: Callable[..., Any], batch: Any, sites: Sites, labels: Mapping[str, Any] | None
+) -> dict[str, frozenset[str]]:
+    latents = [n for n, s in sites.items() if not s.is_observed]
+    found = {n: set((labels or {}).get(n, ())) for n in sites}
+    if len(latents) <= _MOST_MOVED:
+        for name in latents:
+            for moved in _moved(model, batch, sites, name):
+                found[moved].add(name)
+    position = {n: i for i, n in enumerate(sites)}
+    return {
+        n: frozenset(u for u in latents if u in above and position[u] < position[n])
+        for n, above in found.items()
+    }
+
+
+def _reads(
+    sites: Sites,
+    labels: Mapping[str, Any] | None,
+    found: Mapping[str, Where | None],
+    entries: Mapping[Any, Entry],
+) -> dict[str, frozenset[Any]]:
+    """Site -> entries of the batch that enter its density; all where that is not known."""
+    every = frozenset(entries)
+    if labels is None:
+        return dict.fromkeys(sites, every)
+    values = {n: every if w is None else frozenset({w.entry}) for n, w in found.items()}
+    reads = {}
+    for name in sites:
+        keys = {label[1] for label in labels[name] if isinstance(label, tuple)} & every
+        for other in labels[name]:
+            keys |= values.get(other, frozenset())
+        reads[name] = frozenset(keys) | values.get(name, frozenset())
+    return reads
+
+
+def _moved(model: Callable[..., Any], batch: Any, sites: Sites, name: str) -> list[str]:
+    """Sites whose density changes when one latent takes another value and all others stay."""
+    values = {n: s.value for n, s in sites.items() if not s.is_observed}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        values[name] = sites[name].distribution.sample()
+    other, _, _ = read_model(model, batch, values=values)
+    for missing in sites.keys() ^ other.keys():
+        raise ProgramError(_random_support(missing))
+    return [
+        n for n, s in other.items()
+        if n != name and not torch.equal(s.log_prob.nan_to_num(), sites[n].log_prob.nan_to_num())
+    ]  # fmt: skip
+
+
+# --- the batch -----------------------------------------------------------------------------------
+
+
+def _entries(batch: Any) -> dict[Any, Tensor]:
+    """The tensors of a batch that have a row for each datum."""
+    args, kwargs = arguments(batch)
+    tensors = {k: v for k, v in [*enumerate(args), *kwargs.items()] if isinstance(v, Tensor)}
+    rows = next((len(v) for v in tensors.values() if v.dim()), 0)
+    return {k: v for k, v in tensors.items() if v.dim() and len(v) == rows}
+
+
+def _find(
+    value: Any, site: ModelSite, data_dim: int, tensors: Mapping[Any, Tensor]
+) -> Where | None:
+    """Where in the batch a value is found, the data moved to the front."""
+    if not isinstance(value, Tensor):
+        return None
+    axis = value.dim() - site.distribution.event_dim + data_dim
+    front = value.movedim(axis, 0) if 0 < axis < value.dim() else value
+    for key, entry in tensors.items():
+        if _equal(front, entry):
+            return Where(key)
+    for key, entry in tensors.items():
+        if entry.dim() > 1 and entry.shape[:1] + entry.shape[2:] == front.shape:
+            for step in range(entry.shape[1]):
+                if _equal(front, entry[:, step]):
+                    return Where(key, step)
+    return None
+
+
+def _equal(value: Tensor, entry: Tensor) -> bool:
+    if value.numel() != entry.numel() or value.shape[:1] != entry.shape[:1]:
+        return False
+    both = value.reshape(entry.shape).double(), entry.double()
+    return bool(torch.allclose(*both, rtol=0, atol=0, equal_nan=True))
+
+
+def _entry(
+    key: Any,
+    tensor: Tensor,
+    observed: Sites,
+    found: Mapping[str, Where | None],
+    data_dim: int,
+) -> Entry:
+    users = {n: w for n, w in found.items() if w is not None and w.entry == key}
+    site = observed[next(iter(users))] if users else None
+    has_steps = any(w.step is not None for w in users.values())
+    unit = _unit(_support(site.distribution)) if site is not None else None
+    plates: dict[int, str] = {}
+    if site is not None and not has_steps:
+        plates = _inner_axes(site, data_dim)
+    return Entry(
+        key=key,
+        shape=tuple(tensor.shape[1:]),
+        plates=plates,
+        has_steps=has_steps,
+        is_count=site is not None and _is_count(unit),
+        categories=_categories(site.distribution) if site is not None else None,
+        is_observed=site is not None,
+        has_missing=tensor.is_floating_point() and bool(tensor.isnan().any()),
+    )
+
+
+def _inner_axes(site: ModelSite, data_dim: int) -> dict[int, str]:
+    """Axis of a datum's tensor -> inner plate, the data moved to the front."""
+    batch_dims = len(site.distribution.batch_shape)
+    front = batch_dims + data_dim
+    axes = {}
+    for frame in site.plates:
+        if frame.vectorized and frame.dim != data_dim:
+            axis = batch_dims + frame.dim
+            axes[axis if axis < front else axis - 1] = frame.name
+    return axes
+
+
+def _fill_axes(entries: dict[Any, Entry], plates: Mapping[str, Plate], data: str) -> None:
+    """Give covariates that are as long as an inner plate to that plate."""
+    inner = [p for p in plates.values() if p.name != data and p.dim != plates[data].dim]
+    for key, entry in entries.items():
+        if entry.plates or entry.has_steps or entry.is_observed or not entry.shape:
+            continue
+        fits = [p.name for p in inner if p.size == entry.shape[0]]
+        if len(fits) == 1:
+            entries[key] = Entry(**{**vars(entry), "plates": {0: fits[0]}})
+
+
+# --- plates --------------------------------------------------------------------------------------
+
+
+def _plates(
+    sites: Sites, data_dim: int, data_names: frozenset[str], entries: Mapping[Any, Entry]
+) -> dict[str, Plate]:
+    plates: dict[str, Plate] = {}
+    first = next(iter(entries))
+    for name, site in sites.items():
+        if not site.is_observed:
+            _check_placed(name, site)
+        for f in (f for f in site.plates if f.vectorized):
+            is_data = f.name in data_names and f.dim == data_dim
+            total = f.full_size if f.full_size not in (None, f.size) else None
+            if total is not None and not is_data:
+                raise ProgramError(
+                    f"site {name!r} is in plate {f.name!r}, which takes {f.size} of {total} "
+                    "elements by itself, so the guide cannot tell which: let it span all of them"
+                )
+            plate = Plate(f.name, f.dim, f.size, total, (first, 0) if is_data else None)
+            if plates.setdefault(f.name, plate) != plate:
+                raise ProgramError(
+                    f"site {name!r}: its plate {f.name!r} has another size or dimension than "
+                    "before: give each plate a name of its own"
+                )
+    return plates
+
+
+def _check_placed(name: str, site: ModelSite) -> None:
+    dims = {f.dim: f for f in site.plates if f.vectorized}
+    shape = tuple(site.distribution.batch_shape)
+    for index, size in enumerate(shape):
+        dim = index - len(shape)
+        if size > 1 and dim not in dims:
+            raise ProgramError(
+                f"site {name!r} has a batch dimension of size {size} (dim {dim}) that is in no "
+                "plate: add .to_event(n) for its own dimensions, or a pyro.plate"
+            )
+
+
+def _with_axis(plate: Plate, entries: Mapping[Any, Entry]) -> Plate:
+    """The plate with the batch's axis that it follows, if there is one."""
+    if plate.axis is not None:
+        return plate
+    for key, entry in entries.items():
+        for axis, name in entry.plates.items():
+            if name == plate.name:
+                return Plate(plate.name, plate.dim, plate.size, plate.total, (key, axis + 1))
+    return plate
+
+
+# --- sites ---------------------------------------------------------------------------------------
+
+
+def _latent(
+    name: str, runs: list[ModelSite], data_names: frozenset[str], tensors: Mapping[Any, Tensor]
+) -> Latent:
+    site = runs[0]
+    frames = [f for f in site.plates if f.vectorized]
+    return Latent(
+        name=name,
+        family=type(_leaf(site.distribution)).__name__,
+        support=_static_support(name, runs),
+        event_shape=tuple(site.distribution.event_shape),
+        plates=tuple(f.name for f in sorted(frames, key=lambda f: int(f.dim))),
+        is_global=not any(f.name in data_names for f in frames),
+        enumerate=site.enumerate,
+        mask=_mask(name, site, tensors),
+        draws=_prior_draws(runs),
+        categories=_categories(site.distribution),
+    )
+
+
+def _observed(
+    name: str, site: ModelSite, where: Where | None, plates: Mapping[str, Plate]
+) -> Observed:
+    frames = [f for f in site.plates if f.vectorized]
+    return Observed(
+        name=name,
+        where=where,
+        support=_support(site.distribution),
+        family=type(_leaf(site.distribution)).__name__,
+        plates=tuple(f.name for f in sorted(frames, key=lambda f: int(f.dim))),
+        categories=_categories(site.distribution),
+    )
+
+
+def _static_support(name: str, runs: list[ModelSite]) -> Any:
+    """The site's support, its bounds plain numbers; refused where they move."""
+    supports = [_support(site.distribution) for site in runs]
+    if supports[0] is None:
+        raise ProgramError(
+            f"site {name!r} ({type(_leaf(runs[0].distribution)).__name__}) does not say what its "
+            "support is: give its distribution a 'support', or write the guide by hand"
+        )
+    bounds = [_bounds(_unit(s)) for s in supports]
+    for key in bounds[0]:
+        values = torch.cat([torch.as_tensor(b[key]).reshape(-1).double() for b in bounds])
+        if bool((values != values[0]).any()):
+            raise ProgramError(
+                f"site {name!r} has a support that is not the same for all data and draws "
+                f"({key} from {float(values.min()):g} to {float(values.max()):g}): draw a "
+                "unit-interval or positive site and scale it in the model"
+            )
+    return _with_bounds(supports[0], {k: float(torch.as_tensor(v).reshape(-1)[0])
+                                      for k, v in bounds[0].items()})  # fmt: skip
+
+
+def _bounds(unit: Any) -> dict[str, Any]:
+    return {k: getattr(unit, k) for k in ("lower_bound", "upper_bound") if hasattr(unit, k)}
+
+
+def _with_bounds(support: Any, bounds: Mapping[str, float]) -> Any:
+    if isinstance(support, torch.distributions.constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    if isinstance(support, torch.distributions.constraints.independent):
+        inner = _with_bounds(support.base_constraint, bounds)
+        dims = support.reinterpreted_batch_ndims
+        return torch.distributions.constraints.independent(inner, dims)  # type: ignore[no-untyped-call]
+    return type(support)(**bounds) if bounds and not isinstance(support, type) else support
+
+
+def _prior_draws(runs: list[ModelSite]) -> Tensor:
+    rows = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(2)
+        for site in runs:
+            drawn = site.distribution.sample((_NUM_DRAWS,)).detach()
+            flat = drawn.reshape(-1, *site.distribution.event_shape)
+            rows.append(flat[torch.randperm(len(flat), device=flat.device)[:_NUM_DRAWS]])
+    return torch.cat(rows)
+
+
+def _mask(name: str, site: ModelSite, tensors: Mapping[Any, Tensor]) -> Where | None:
+    """Where in the batch a latent's mask is found."""
+    mask = site.mask
+    if mask is None or bool(mask.all()) and mask.numel() == 1:
+        return None
+    numbered = _NUMBERED.match(name)
+    near = int(numbered[2]) if numbered else 0
+    for key, entry in tensors.items():
+        if entry.dtype == torch.bool or bool(((entry == 0) | (entry == 1)).all()):
+            as_bool = entry.bool()
+            for negated in (False, True):
+                candidate = ~as_bool if negated else as_bool
+                if _same_mask(mask, candidate):
+                    return Where(key, None, negated)
+                steps = range(entry.shape[1]) if entry.dim() == 2 else ()
+                for step in sorted(steps, key=lambda s: (abs(s - near), s)):
+                    if _same_mask(mask, candidate[:, step]):
+                        return Where(key, step, negated)
+    raise ProgramError(
+        f"site {name!r} is masked by a tensor that is not in the batch (nor a column of one, nor "
+        "its negation), so the guide cannot mask it too: pass the mask as a part of the batch"
+    )
+
+
+def _same_mask(mask: Tensor, candidate: Tensor) -> bool:
+    return mask.numel() == candidate.numel() and torch.equal(
+        mask.reshape(-1), candidate.reshape(-1)
+    )
+
+
+# --- distributions -------------------------------------------------------------------------------
+
+
+def _leaf(distribution: Any) -> Any:
+    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _support(distribution: Any) -> Any:
+    try:
+        return distribution.support
+    except NotImplementedError:
+        return None
+
+
+def _unit(support: Any) -> Any:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _categories(distribution: Any) -> int | None:
+    leaf = _leaf(distribution)
+    if "Categorical" in type(leaf).__name__ and not hasattr(leaf, "temperature"):
+        return int(leaf.logits.shape[-1])
+    return None
+
+
+def _is_count(unit: Any) -> bool:
+    constraints = torch.distributions.constraints
+    if unit is None:
+        return False
+    return unit is constraints.nonnegative_integer or isinstance(unit, constraints.multinomial)
