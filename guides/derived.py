@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pvae.assembly import Assembly, Recipe, assemble
+from pvae.contexts import aligned, flattened, joined, summarised
 from pvae.errors import ProgramError
-from pvae.heads import aligned, flattened, joined, summarised
-from pvae.structure import Plate, Structure, Where
+from pvae.placement import Plate, Where
+from pvae.structure import Structure
 
 __all__ = ["Auto"]
 
@@ -95,7 +96,7 @@ class Auto(nn.Module):
             tensors = {key: tensor[indices] for key, tensor in tensors.items()}
         values = {name: self._observed(where, tensors) for name, where in given.items()}
         features = {
-            key: self.encoders[name](tensors[key])
+            key: self._features(key, tensors)
             for key, name in self.names.items()
             if name in self.encoders
         }
@@ -103,6 +104,14 @@ class Auto(nn.Module):
             if recipe.site.name not in values:
                 values[recipe.site.name] = self._sample(recipe, features, values, plates, tensors)
         return values
+
+    def _features(self, key: Any, tensors: Mapping[Any, Tensor]) -> Tensor:
+        features: Tensor = self.encoders[self.names[key]](tensors[key])
+        where = self.structure.entries[key].mask
+        if where is None:
+            return features
+        mask = self._given(where, tensors)
+        return features * mask.reshape(len(mask), *(1,) * (features.dim() - 1))
 
     def _sample(
         self,
@@ -188,9 +197,12 @@ class Auto(nn.Module):
         value = tensors[where.entry]
         return value if where.step is None else value[:, where.step]
 
-    def _mask(self, where: Where, tensors: Mapping[Any, Tensor]) -> Tensor:
+    def _given(self, where: Where, tensors: Mapping[Any, Tensor]) -> Tensor:
         mask = self._observed(where, tensors).bool()
-        mask = ~mask if where.negated else mask
+        return ~mask if where.negated else mask
+
+    def _mask(self, where: Where, tensors: Mapping[Any, Tensor]) -> Tensor:
+        mask = self._given(where, tensors)
         depth = -self.structure.plates[self.structure.data].dim - 1
         return mask.reshape(*mask.shape, *(1,) * depth)
 

@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
-from pvae import heads as _heads
 from pvae.encoders import ImageEncoder, Scaled, SequenceEncoder, SetEncoder, VectorEncoder
 from pvae.errors import OptionError, ProgramError, did_you_mean
 from pvae.factors import Factor, factorise
 from pvae.guide_source import Call
+from pvae.head_choice import families_of, head_call, num_features
 from pvae.particles import arguments
-from pvae.structure import Entry, Latent, Structure, Where, read
+from pvae.placement import Entry, Where
+from pvae.structure import Latent, Structure, read
 
 __all__ = [
     "ENCODERS",
-    "FAMILIES",
     "Assembly",
     "Piece",
     "Recipe",
@@ -31,15 +30,7 @@ __all__ = [
     "module_name",
 ]
 
-FAMILIES: Mapping[str, Any] = {
-    "diagonal": _heads.DiagonalHead,
-    "flow": _heads.FlowHead,
-    "full": _heads.FullHead,
-    "low_rank": _heads.LowRankHead,
-}
 ENCODERS = ("image", "sequence", "set", "vector")
-_MOST_CATEGORIES = 1024
-_OFF_THE_LINE = ("VonMises", "SineSkewed", "ProjectedNormal")  # densities on a circle or sphere
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,7 @@ def assemble(
     batch = batches[structures.index(main)]
     forms = {frozenset(s.entries): _given(main, s) for s in structures}
     early = {name for given in forms.values() for name in given}
-    families = _families(main, family)
+    families = families_of(main, family)
     factors = factorise(main, early=early)
     builder = _Builder(main, families, encoder, tuple(hidden), activation, rank, image_shape)
     tensors = _tensors(batch, main)
@@ -165,65 +156,6 @@ def _given(main: Structure, other: Structure) -> dict[str, Where]:
             )
         given[name] = where
     return given
-
-
-# --- families ------------------------------------------------------------------------------------
-
-
-def _families(structure: Structure, family: str | Mapping[str, str]) -> dict[str, str]:
-    """Site -> the name of its family."""
-    by_name = {} if isinstance(family, str) else dict(family)
-    for name in [family] if isinstance(family, str) else by_name.values():
-        if name not in FAMILIES:
-            raise OptionError(f"no family is called {name!r}: {did_you_mean(name, FAMILIES)}")
-    for name in by_name:
-        if name not in structure.latents:
-            hint = did_you_mean(name, structure.latents)
-            raise OptionError(f"family names site {name!r}, which is not latent: {hint}")
-    found = {}
-    for name, site in structure.latents.items():
-        wished = family if isinstance(family, str) else by_name.get(name, "diagonal")
-        found[name] = _family(site, wished, insist=name in by_name)
-    if isinstance(family, str) and family != "diagonal" and family not in found.values():
-        site = next(iter(structure.latents.values()))
-        raise ProgramError(_unfit(site, family))
-    return found
-
-
-def _family(site: Latent, wished: str, *, insist: bool) -> str:
-    if _is_discrete(site):
-        if insist and wished != "diagonal":
-            raise ProgramError(_unfit(site, wished))
-        return "discrete"
-    if site.is_global and wished == "flow":
-        if insist:
-            raise ProgramError(
-                f"site {site.name!r} is shared by all data and has no context for a flow: take "
-                "family 'full' or 'low_rank' for it"
-            )
-        return "diagonal"
-    return wished
-
-
-def _unfit(site: Latent, family: str) -> str:
-    kind = f"discrete ({site.family})" if _is_discrete(site) else "shared by all data"
-    return (
-        f"family {family!r} does not fit site {site.name!r}, which is {kind}: leave its family out"
-    )
-
-
-def _is_discrete(site: Latent) -> bool:
-    return bool(getattr(site.support, "is_discrete", False))
-
-
-def _unit(site: Latent) -> Any:
-    unit = site.support
-    while isinstance(unit, constraints.independent):
-        unit = unit.base_constraint
-    return unit
-
-
-# --- building ------------------------------------------------------------------------------------
 
 
 class _Builder:
@@ -332,8 +264,8 @@ class _Builder:
         data = (self.structure.plates[self.structure.data].dim,)
         if kind == "sequence":
             step = _step(factor, entry, self.structure)
-            over = () if step is not None else (1,)
-            return [Piece("entry", key, made.size, data, step=step, over=over)]
+            return [Piece("entry", key, made.size, data, step=step,
+                          over=(1,) if step is None else ())]  # fmt: skip
         if kind != "set":
             return [Piece("entry", key, made.size, data)]
         inner = entry.plates or {0: ""}
@@ -349,7 +281,7 @@ class _Builder:
     def _of_site(self, factor: Factor, slot: int, filler: str) -> Piece:
         name, flagged = factor.given[slot], factor.optional[slot]
         site = self.structure.latents[filler]
-        size = _numbers(site)
+        size = num_features(site)
         depth = 0
         if site.is_global:
             depth = self.depth
@@ -376,7 +308,7 @@ class _Builder:
             options["batch"] = self._batch(site)
         if family == "low_rank":
             options["rank"] = self.rank
-        call = _head_call(site, family, context, options)
+        call = head_call(site, family, context, options)
         try:
             made = call.build()
         except NotImplementedError:
@@ -392,50 +324,6 @@ class _Builder:
         """Batch shape of a global site: its plates, where they are."""
         dims = {self.structure.plates[p].dim: self.structure.plates[p].size for p in site.plates}
         return tuple(dims.get(dim, 1) for dim in range(min(dims, default=0), 0))
-
-
-def _head_call(site: Latent, family: str, context: int, options: Mapping[str, Any]) -> Call:
-    """The head of a site, as a call."""
-    if family != "discrete":
-        _check_continuous(site)
-        return Call(FAMILIES[family], (context, site.event_shape, site.support), options)
-    unit = _unit(site)
-    if unit is constraints.boolean:
-        return Call(_heads.BernoulliHead, (context, site.event_shape), options)
-    if unit is constraints.one_hot:
-        size = site.event_shape[-1]
-        one_hot = {"one_hot": True, **options}
-        return Call(_heads.CategoricalHead, (context, site.event_shape, size), one_hot)
-    lower, upper = getattr(unit, "lower_bound", None), getattr(unit, "upper_bound", None)
-    if lower != 0 or upper is None or upper >= _MOST_CATEGORIES:
-        raise ProgramError(
-            f"site {site.name!r} ({site.family}) is discrete and cannot be enumerated (its values "
-            f"are {site.support}): cut it off as a Categorical over 0..n, or sum it out of the "
-            "model"
-        )
-    numbers = (context, site.event_shape, int(upper) + 1)
-    return Call(_heads.CategoricalHead, numbers, options)
-
-
-def _check_continuous(site: Latent) -> None:
-    if site.family == "Delta":
-        raise ProgramError(
-            f"site {site.name!r} is a Delta, which has no density to infer: use "
-            "pyro.deterministic for it"
-        )
-    if site.family.startswith(_OFF_THE_LINE):
-        raise ProgramError(
-            f"site {site.name!r} ({site.family}) lives on a circle, which is not the real line: "
-            "draw a pair of real numbers and take their angle"
-        )
-
-
-def _numbers(site: Latent) -> int:
-    """Number of features of a site's value."""
-    if _is_discrete(site):
-        size: int = _head_call(site, "discrete", 0, {}).build().size
-        return size
-    return int(_heads.Space(site.event_shape, site.support).size)
 
 
 def _step(factor: Factor, entry: Entry, structure: Structure) -> int | None:

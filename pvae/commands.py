@@ -150,8 +150,9 @@ def _fit(
         progress=progress,
         **{key: config[key] for key in _FIT},
     )
-    if programs.takes("x_mean", "x_scale"):
-        save_tensors(folder / "checkpoints" / "data", moments, {})
+    if programs.takes("x_mean", "x_scale", "example"):
+        kept_moments = {name: v for name, v in moments.items() if programs.takes(name)}
+        save_tensors(folder / "checkpoints" / "data", kept_moments, {})
     kept = {key: config[key] for key in runs.DEFAULTS}
     counted = {"num_parameters": run.num_parameters, "data_facts": about}
     runs.write_config(folder, {"pvae": __version__, **kept, **counted})

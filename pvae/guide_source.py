@@ -17,7 +17,7 @@ from typing import Any
 import pyro.distributions
 import torch
 
-from pvae import encoders, heads, networks
+from pvae import contexts, encoders, heads, networks, spaces
 
 __all__ = ["Call", "source"]
 
@@ -112,7 +112,7 @@ def _inlined(body: str) -> list[str]:
     """Source of the classes and functions that a text uses, and of those that they use."""
     known = {
         name: value
-        for module in (networks, encoders, heads)
+        for module in (networks, encoders, spaces, heads, contexts)
         for name, value in vars(module).items()
         if getattr(value, "__module__", None) == module.__name__ and name != "activation_module"
     }
@@ -192,6 +192,11 @@ class _Program:
             module = self.guide.names[key]
             if module in self.guide.calls["encoders"]:
                 lines.append(f"features_{name} = self.encoders[{module!r}]({self.inputs[key]})")
+                if (mask := self.structure.entries[key].mask) is not None:
+                    shape = f"(-1,) + (1,) * (features_{name}.dim() - 1)"
+                    lines.append(
+                        f"features_{name} = features_{name} * {self._mask(mask)}.reshape({shape})"
+                    )
         for recipe in self.guide.recipes:
             lines += self._statement(recipe)
         return lines
@@ -217,8 +222,7 @@ class _Program:
         posterior = f"self.heads[{recipe.head!r}]({context})"
         if site.mask is not None:
             depth = "[..., None]" * (-self.structure.plates[self.structure.data].dim - 1)
-            negated = "~" if site.mask.negated else ""
-            posterior += f".mask({negated}{self._where(site.mask)}.bool(){depth})"
+            posterior += f".mask({self._mask(site.mask)}{depth})"
         infer = f", infer={{'enumerate': {site.enumerate!r}}}" if site.enumerate else ""
         variable = self.variables[site.name]
         lines = [f"{variable} = pyro.sample({site.name!r}, {posterior}{infer})"]
@@ -233,6 +237,9 @@ class _Program:
                          "else:", f"    {variable} = {self._where(where)}"]  # fmt: skip
                 break
         return lines
+
+    def _mask(self, where: Any) -> str:
+        return f"({'~' if where.negated else ''}{self._where(where)}.bool())"
 
     def _where(self, where: Any) -> str:
         name = self.inputs[where.entry]

@@ -56,6 +56,8 @@ __all__ = [
 
 Config = dict[str, Any]
 
+_EXAMPLE = 8  # rows of the data that a guide may be derived from
+
 DEFAULTS: Mapping[str, Any] = {
     "model": None,
     "model_options": {},
@@ -287,10 +289,14 @@ def _fingerprint(split: Split) -> str:
 
 
 def statistics(dataset: Dataset) -> dict[str, Tensor]:
-    """``x_mean`` and ``x_scale`` of the training split, ``(D,)``; constant features get scale 1."""
+    """``x_mean`` and ``x_scale`` of the training split, ``(D,)``, and an ``example`` of its rows.
+
+    Constant features get scale 1.
+    """
     x = dataset.train.x
     scale = x.std(0, correction=0)
-    return {"x_mean": x.mean(0), "x_scale": scale.where(scale > 0, scale.new_ones(()))}
+    scale = scale.where(scale > 0, scale.new_ones(()))
+    return {"x_mean": x.mean(0), "x_scale": scale, "example": x[:_EXAMPLE].clone()}
 
 
 def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None) -> Any:
@@ -298,7 +304,8 @@ def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None
 
     Args:
         config: A resolved configuration.
-        known: ``x_dim``, ``num_levels``, ``image_shape``, ``x_mean``, ``x_scale``.
+        known: ``x_dim``, ``num_levels``, ``image_shape``, ``x_mean``, ``x_scale``,
+            ``example``.
         folder: The run folder, whose copy stands in for a user's file that is gone or changed.
 
     Returns:

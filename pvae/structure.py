@@ -8,7 +8,6 @@ seeing which densities move.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,44 +16,31 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ProgramError
-from pvae.particles import ModelSite, arguments, read_dependencies, read_model
+from pvae.particles import ModelSite, read_dependencies, read_model
+from pvae.placement import (
+    Entry,
+    Plate,
+    Where,
+    categories_of,
+    describe,
+    entries_of,
+    fill_axes,
+    find,
+    leaf,
+    mask_of,
+    plates_of,
+    support_of,
+    unit_of,
+    with_axis,
+)  # fmt: skip
 
-__all__ = ["Entry", "Latent", "Observed", "Plate", "Structure", "Where", "read"]
+__all__ = ["Latent", "Observed", "Structure", "read"]
 
 Sites = dict[str, ModelSite]
 
 _NUM_RUNS = 6
 _MOST_MOVED = 24  # latents up to which each is drawn anew
 _NUM_DRAWS = 64  # of each site's conditional prior, per run
-_NUMBERED = re.compile(r"^(.*?)(\d+)(\D*)$")
-
-
-@dataclass(frozen=True)
-class Where:
-    """A tensor within the batch: an entry, or the slice of it at one step, or its negation."""
-
-    entry: Any
-    step: int | None = None
-    negated: bool = False
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A plate of the model.
-
-    Attributes:
-        name: Its name.
-        dim: Its batch dimension.
-        size: Its size on the example.
-        total: Its full size where it is subsampled, else ``None``.
-        axis: (entry, axis) of the batch that is as long, so that its size follows the batch.
-    """
-
-    name: str
-    dim: int
-    size: int
-    total: int | None
-    axis: tuple[Any, int] | None
 
 
 @dataclass(frozen=True)
@@ -108,31 +94,6 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of the batch with a row for each datum.
-
-    Attributes:
-        key: Position or name among the model's arguments.
-        shape: Shape of one datum.
-        plates: Axis of the datum's tensor -> name of the plate it belongs to.
-        has_steps: Whether observed sites take it slice by slice along its first axis.
-        is_count: Whether it holds counts.
-        categories: Number of values, where it holds categories.
-        is_observed: Whether a likelihood scores it.
-        has_missing: Whether some of it is NaN.
-    """
-
-    key: Any
-    shape: tuple[int, ...]
-    plates: Mapping[int, str]
-    has_steps: bool
-    is_count: bool
-    categories: int | None
-    is_observed: bool
-    has_missing: bool
-
-
-@dataclass(frozen=True)
 class Structure:
     """A model on batches of one form.
 
@@ -174,7 +135,7 @@ def read(model: Callable[..., Any], batch: Any) -> Structure:
         raise ProgramError(
             "the model has no latent site: give it at least one pyro.sample without obs"
         )
-    tensors = _entries(batch)
+    tensors = entries_of(batch)
     if max(map(len, tensors.values()), default=0) < 2:
         raise ProgramError(
             "the example batch must hold tensors with a row for each of at least 2 data, so that "
@@ -183,12 +144,12 @@ def read(model: Callable[..., Any], batch: Any) -> Structure:
     labels = _labels(model, batch, first)
     parents = _parents(model, batch, first, labels)
     observed = {n: s for n, s in first.items() if s.is_observed}
-    found = {n: _find(s.value, s, data_dim, tensors) for n, s in observed.items()}
-    entries = {k: _entry(k, t, observed, found, data_dim) for k, t in tensors.items()}
-    plates = _plates(first, data_dim, data_names, entries)
+    found = {n: find(s.value, s, data_dim, tensors) for n, s in observed.items()}
+    entries = {k: describe(k, tensors, observed, found, data_dim) for k in tensors}
+    plates = plates_of(first, data_dim, data_names, entries)
     data = next(n for n in plates if n in data_names)
-    _fill_axes(entries, plates, data)
-    plates = {n: _with_axis(p, entries) for n, p in plates.items()}
+    fill_axes(entries, plates, data)
+    plates = {n: with_axis(p, entries) for n, p in plates.items()}
     return Structure(
         latents={n: _latent(n, [sites[n] for sites, _, _ in runs], data_names, tensors)
                  for n in drawn},
@@ -293,143 +254,6 @@ def _moved(model: Callable[..., Any], batch: Any, sites: Sites, name: str) -> li
     ]  # fmt: skip
 
 
-# --- the batch -----------------------------------------------------------------------------------
-
-
-def _entries(batch: Any) -> dict[Any, Tensor]:
-    """The tensors of a batch that have a row for each datum."""
-    args, kwargs = arguments(batch)
-    tensors = {k: v for k, v in [*enumerate(args), *kwargs.items()] if isinstance(v, Tensor)}
-    rows = next((len(v) for v in tensors.values() if v.dim()), 0)
-    return {k: v for k, v in tensors.items() if v.dim() and len(v) == rows}
-
-
-def _find(
-    value: Any, site: ModelSite, data_dim: int, tensors: Mapping[Any, Tensor]
-) -> Where | None:
-    """Where in the batch a value is found, the data moved to the front."""
-    if not isinstance(value, Tensor):
-        return None
-    axis = value.dim() - site.distribution.event_dim + data_dim
-    front = value.movedim(axis, 0) if 0 < axis < value.dim() else value
-    for key, entry in tensors.items():
-        if _equal(front, entry):
-            return Where(key)
-    for key, entry in tensors.items():
-        if entry.dim() > 1 and entry.shape[:1] + entry.shape[2:] == front.shape:
-            for step in range(entry.shape[1]):
-                if _equal(front, entry[:, step]):
-                    return Where(key, step)
-    return None
-
-
-def _equal(value: Tensor, entry: Tensor) -> bool:
-    if value.numel() != entry.numel() or value.shape[:1] != entry.shape[:1]:
-        return False
-    both = value.reshape(entry.shape).double(), entry.double()
-    return bool(torch.allclose(*both, rtol=0, atol=0, equal_nan=True))
-
-
-def _entry(
-    key: Any,
-    tensor: Tensor,
-    observed: Sites,
-    found: Mapping[str, Where | None],
-    data_dim: int,
-) -> Entry:
-    users = {n: w for n, w in found.items() if w is not None and w.entry == key}
-    site = observed[next(iter(users))] if users else None
-    has_steps = any(w.step is not None for w in users.values())
-    unit = _unit(_support(site.distribution)) if site is not None else None
-    plates: dict[int, str] = {}
-    if site is not None and not has_steps:
-        plates = _inner_axes(site, data_dim)
-    return Entry(
-        key=key,
-        shape=tuple(tensor.shape[1:]),
-        plates=plates,
-        has_steps=has_steps,
-        is_count=site is not None and _is_count(unit),
-        categories=_categories(site.distribution) if site is not None else None,
-        is_observed=site is not None,
-        has_missing=tensor.is_floating_point() and bool(tensor.isnan().any()),
-    )
-
-
-def _inner_axes(site: ModelSite, data_dim: int) -> dict[int, str]:
-    """Axis of a datum's tensor -> inner plate, the data moved to the front."""
-    batch_dims = len(site.distribution.batch_shape)
-    front = batch_dims + data_dim
-    axes = {}
-    for frame in site.plates:
-        if frame.vectorized and frame.dim != data_dim:
-            axis = batch_dims + frame.dim
-            axes[axis if axis < front else axis - 1] = frame.name
-    return axes
-
-
-def _fill_axes(entries: dict[Any, Entry], plates: Mapping[str, Plate], data: str) -> None:
-    """Give covariates that are as long as an inner plate to that plate."""
-    inner = [p for p in plates.values() if p.name != data and p.dim != plates[data].dim]
-    for key, entry in entries.items():
-        if entry.plates or entry.has_steps or entry.is_observed or not entry.shape:
-            continue
-        fits = [p.name for p in inner if p.size == entry.shape[0]]
-        if len(fits) == 1:
-            entries[key] = Entry(**{**vars(entry), "plates": {0: fits[0]}})
-
-
-# --- plates --------------------------------------------------------------------------------------
-
-
-def _plates(
-    sites: Sites, data_dim: int, data_names: frozenset[str], entries: Mapping[Any, Entry]
-) -> dict[str, Plate]:
-    plates: dict[str, Plate] = {}
-    first = next(iter(entries))
-    for name, site in sites.items():
-        if not site.is_observed:
-            _check_placed(name, site)
-        for f in (f for f in site.plates if f.vectorized):
-            is_data = f.name in data_names and f.dim == data_dim
-            total = f.full_size if f.full_size not in (None, f.size) else None
-            if total is not None and not is_data:
-                raise ProgramError(
-                    f"site {name!r} is in plate {f.name!r}, which takes {f.size} of {total} "
-                    "elements by itself, so the guide cannot tell which: let it span all of them"
-                )
-            plate = Plate(f.name, f.dim, f.size, total, (first, 0) if is_data else None)
-            if plates.setdefault(f.name, plate) != plate:
-                raise ProgramError(
-                    f"site {name!r}: its plate {f.name!r} has another size or dimension than "
-                    "before: give each plate a name of its own"
-                )
-    return plates
-
-
-def _check_placed(name: str, site: ModelSite) -> None:
-    dims = {f.dim: f for f in site.plates if f.vectorized}
-    shape = tuple(site.distribution.batch_shape)
-    for index, size in enumerate(shape):
-        dim = index - len(shape)
-        if size > 1 and dim not in dims:
-            raise ProgramError(
-                f"site {name!r} has a batch dimension of size {size} (dim {dim}) that is in no "
-                "plate: add .to_event(n) for its own dimensions, or a pyro.plate"
-            )
-
-
-def _with_axis(plate: Plate, entries: Mapping[Any, Entry]) -> Plate:
-    """The plate with the batch's axis that it follows, if there is one."""
-    if plate.axis is not None:
-        return plate
-    for key, entry in entries.items():
-        for axis, name in entry.plates.items():
-            if name == plate.name:
-                return Plate(plate.name, plate.dim, plate.size, plate.total, (key, axis + 1))
-    return plate
-
-
 # --- sites ---------------------------------------------------------------------------------------
 
 
@@ -440,15 +264,15 @@ def _latent(
     frames = [f for f in site.plates if f.vectorized]
     return Latent(
         name=name,
-        family=type(_leaf(site.distribution)).__name__,
+        family=type(leaf(site.distribution)).__name__,
         support=_static_support(name, runs),
         event_shape=tuple(site.distribution.event_shape),
         plates=tuple(f.name for f in sorted(frames, key=lambda f: int(f.dim))),
         is_global=not any(f.name in data_names for f in frames),
         enumerate=site.enumerate,
-        mask=_mask(name, site, tensors),
+        mask=mask_of(name, site, tensors),
         draws=_prior_draws(runs),
-        categories=_categories(site.distribution),
+        categories=categories_of(site.distribution),
     )
 
 
@@ -459,22 +283,22 @@ def _observed(
     return Observed(
         name=name,
         where=where,
-        support=_support(site.distribution),
-        family=type(_leaf(site.distribution)).__name__,
+        support=support_of(site.distribution),
+        family=type(leaf(site.distribution)).__name__,
         plates=tuple(f.name for f in sorted(frames, key=lambda f: int(f.dim))),
-        categories=_categories(site.distribution),
+        categories=categories_of(site.distribution),
     )
 
 
 def _static_support(name: str, runs: list[ModelSite]) -> Any:
     """The site's support, its bounds plain numbers; refused where they move."""
-    supports = [_support(site.distribution) for site in runs]
+    supports = [support_of(site.distribution) for site in runs]
     if supports[0] is None:
         raise ProgramError(
-            f"site {name!r} ({type(_leaf(runs[0].distribution)).__name__}) does not say what its "
+            f"site {name!r} ({type(leaf(runs[0].distribution)).__name__}) does not say what its "
             "support is: give its distribution a 'support', or write the guide by hand"
         )
-    bounds = [_bounds(_unit(s)) for s in supports]
+    bounds = [_bounds(unit_of(s)) for s in supports]
     for key in bounds[0]:
         values = torch.cat([torch.as_tensor(b[key]).reshape(-1).double() for b in bounds])
         if bool((values != values[0]).any()):
@@ -510,69 +334,3 @@ def _prior_draws(runs: list[ModelSite]) -> Tensor:
             flat = drawn.reshape(-1, *site.distribution.event_shape)
             rows.append(flat[torch.randperm(len(flat), device=flat.device)[:_NUM_DRAWS]])
     return torch.cat(rows)
-
-
-def _mask(name: str, site: ModelSite, tensors: Mapping[Any, Tensor]) -> Where | None:
-    """Where in the batch a latent's mask is found."""
-    mask = site.mask
-    if mask is None or bool(mask.all()) and mask.numel() == 1:
-        return None
-    numbered = _NUMBERED.match(name)
-    near = int(numbered[2]) if numbered else 0
-    for key, entry in tensors.items():
-        if entry.dtype == torch.bool or bool(((entry == 0) | (entry == 1)).all()):
-            as_bool = entry.bool()
-            for negated in (False, True):
-                candidate = ~as_bool if negated else as_bool
-                if _same_mask(mask, candidate):
-                    return Where(key, None, negated)
-                steps = range(entry.shape[1]) if entry.dim() == 2 else ()
-                for step in sorted(steps, key=lambda s: (abs(s - near), s)):
-                    if _same_mask(mask, candidate[:, step]):
-                        return Where(key, step, negated)
-    raise ProgramError(
-        f"site {name!r} is masked by a tensor that is not in the batch (nor a column of one, nor "
-        "its negation), so the guide cannot mask it too: pass the mask as a part of the batch"
-    )
-
-
-def _same_mask(mask: Tensor, candidate: Tensor) -> bool:
-    return mask.numel() == candidate.numel() and torch.equal(
-        mask.reshape(-1), candidate.reshape(-1)
-    )
-
-
-# --- distributions -------------------------------------------------------------------------------
-
-
-def _leaf(distribution: Any) -> Any:
-    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def _support(distribution: Any) -> Any:
-    try:
-        return distribution.support
-    except NotImplementedError:
-        return None
-
-
-def _unit(support: Any) -> Any:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
-
-
-def _categories(distribution: Any) -> int | None:
-    leaf = _leaf(distribution)
-    if "Categorical" in type(leaf).__name__ and not hasattr(leaf, "temperature"):
-        return int(leaf.logits.shape[-1])
-    return None
-
-
-def _is_count(unit: Any) -> bool:
-    constraints = torch.distributions.constraints
-    if unit is None:
-        return False
-    return unit is constraints.nonnegative_integer or isinstance(unit, constraints.multinomial)

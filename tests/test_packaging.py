@@ -15,13 +15,13 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "inversion", "published", "rewrites", "seeds"},
+    {"contexts", "errors", "inversion", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
-    {"networks", "distributions", "families", "models"},
+    {"distributions", "families", "models", "networks", "spaces"},
     {"encoders", "heads", "particles"},
+    {"guide_source", "placement"},
     {"structure"},
-    {"factors"},
-    {"guide_source"},
+    {"factors", "head_choice"},
     {"assembly", "explanation"},
     {"guides"},
     {"bounds"},
