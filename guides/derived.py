@@ -157,7 +157,7 @@ class Auto(nn.Module):
             parts.append(summarised(part, piece.over) if piece.over else part)
             if piece.flagged:
                 parts.append(head.trunk.linear.weight.new_ones(1))
-        return joined(*parts) if parts else None
+        return joined(*parts, depth=recipe.depth) if parts else None
 
     # --- the batch ---------------------------------------------------------------------------
 

@@ -63,13 +63,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One statement of the guide: a site, its head and the parts of its context."""
+    """One statement of the guide: a site, its head and the parts of its context.
+
+    ``depth`` is the number of batch dimensions that the site's plates take.
+    """
 
     site: Latent
     factor: Factor
     head: str
     family: str
     pieces: tuple[Piece, ...]
+    depth: int
 
 
 @dataclass
@@ -256,7 +260,8 @@ class _Builder:
             self._head(name, factor, context, pieces)
         self.names[factor.site.name] = name
         family = self.families[factor.site.name]
-        return Recipe(factor.site, factor, name, family, tuple(pieces))
+        depth = max((-self.structure.plates[p].dim for p in factor.site.plates), default=0)
+        return Recipe(factor.site, factor, name, family, tuple(pieces), depth)
 
     def _of_entry(self, factor: Factor, key: Any) -> list[Piece]:
         entry, kind = self.structure.entries[key], self.kind(self.structure.entries[key])

@@ -31,8 +31,14 @@ def flattened(features: Tensor, depth: int) -> Tensor:
     return features.reshape(*ahead, *(1,) * depth, -1)
 
 
-def joined(*parts: Tensor) -> Tensor:
-    """Features side by side, their batch shapes broadcast."""
+def joined(*parts: Tensor, depth: int) -> Tensor:
+    """Features side by side, their batch shapes broadcast.
+
+    Leading batch dimensions of size one beyond the site's own ``depth`` are left to its plates.
+    """
     shapes = [part.shape[:-1] for part in parts]
     batch = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+    context = torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+    while context.dim() - 1 > depth and context.shape[0] == 1:
+        context = context.squeeze(0)
+    return context

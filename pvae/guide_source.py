@@ -218,7 +218,7 @@ class _Program:
 
     def _statement(self, recipe: Any) -> list[str]:
         site, parts = recipe.site, [t for p in recipe.pieces for t in self._piece(recipe, p)]
-        context = f"joined({', '.join(parts)})" if parts else "None"
+        context = f"joined({', '.join(parts)}, depth={recipe.depth})" if parts else "None"
         posterior = f"self.heads[{recipe.head!r}]({context})"
         if site.mask is not None:
             depth = "[..., None]" * (-self.structure.plates[self.structure.data].dim - 1)

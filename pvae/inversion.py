@@ -39,9 +39,12 @@ def _join(graph: Graph, one: str, other: str) -> None:
         graph[other].add(one)
 
 
-def fill_in(graph: Graph, name: str) -> list[tuple[str, str]]:
-    """The edges that eliminating a variable would add between its neighbours."""
-    return [(a, b) for a, b in combinations(sorted(graph[name]), 2) if b not in graph[a]]
+def fill_in(
+    graph: Graph, name: str, observed: Collection[str] = frozenset()
+) -> list[tuple[str, str]]:
+    """The edges that eliminating a variable would add between its neighbours but those observed."""
+    around = sorted(other for other in graph[name] if other not in observed)
+    return [(a, b) for a, b in combinations(around, 2) if b not in graph[a]]
 
 
 def inverse(
@@ -69,24 +72,19 @@ def inverse(
     given = set(observed)
     position = {name: index for index, name in enumerate(parents)}
     levels = dict.fromkeys(parents, 0) | dict(level or {})
-
-    def cost(name: str) -> int:
-        return sum(given.isdisjoint(edge) for edge in fill_in(graph, name))
-
     waiting = [name for name in parents if name not in given]
     eliminated: list[tuple[str, set[str]]] = []
     while waiting:
         highest = max(levels[n] for n in waiting)
         candidates = [n for n in waiting if levels[n] == highest]
-        name = min(candidates, key=lambda n: (cost(n), -position[n]))
-        around = graph[name]
-        for one, other in fill_in(graph, name):
-            _join(graph, one, other)
+        name = min(candidates, key=lambda n: (len(fill_in(graph, n, given)), -position[n]))
+        around = graph.pop(name)
         for other in around:
             graph[other].discard(name)
-        del graph[name]
+        for other in around - given:
+            graph[other] |= around - {other}
         waiting.remove(name)
-        eliminated.append((name, set(around)))
+        eliminated.append((name, around))
     eliminated.reverse()
     order = {name: index for index, (name, _) in enumerate(eliminated)}
     return {

@@ -1088,14 +1088,14 @@ def read_model(
     *,
     values: Mapping[str, Any] | None = None,
     seed: int = 0,
-    most: int = 5000,
+    most: int = 4000,
 ) -> tuple[dict[str, ModelSite], int, frozenset[str]]:
     """Run a model once on its own draws and tell what it did.
 
     Args:
         model: The generative program.
         batch: B data.
-        values: Latent site -> value to take instead of a draw.
+        values: Latent site -> value to take instead of a draw, within its support or not.
         seed: Seed of the draws; the caller's random streams are left where they are.
         most: Number of sites after which the program counts as endless.
 
@@ -1108,13 +1108,14 @@ def read_model(
     """
     args, kwargs = arguments(batch)
     bounded = _Bounded(most)
-    with _quiet(batch):
+    checked = contextlib.nullcontext() if values is None else pyro.validation_enabled(False)
+    with _quiet(batch), checked:
         torch.manual_seed(seed)
         try:
             program = bounded(_Substitute(values or {})(model))
             trace = _attempt("model", poutine.trace(program), args, kwargs)
         except ProgramError as error:
-            if isinstance(error.__cause__, RecursionError):
+            if bounded.seen > most or isinstance(error.__cause__, RecursionError):
                 raise ProgramError(bounded.refusal()) from error
             raise
         data_dim, data_plates = _find_data_plates(trace, batch, None)

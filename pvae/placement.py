@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,10 @@ from pvae.particles import ModelSite, arguments
 
 __all__ = [
     "Entry", "Plate", "Where", "categories_of", "describe", "entries_of", "fill_axes", "find",
-    "leaf", "mask_of", "plates_of", "support_of", "unit_of", "with_axis",
+    "find_mask", "leaf", "mask_of", "plates_of", "support_of", "unit_of", "with_axis",
 ]  # fmt: skip
 
 Sites = dict[str, ModelSite]
-
-_NUMBERED = re.compile(r"^(.*?)(\d+)(\D*)$")
 
 
 @dataclass(frozen=True)
@@ -232,15 +229,17 @@ def with_axis(plate: Plate, entries: Mapping[Any, Entry]) -> Plate:
 # --- masks ---------------------------------------------------------------------------------------
 
 
-def mask_of(name: str, site: ModelSite, tensors: Mapping[Any, Tensor]) -> Where | None:
-    """Where in the batch a latent's mask is found.
+def mask_of(
+    name: str, site: ModelSite, tensors: Mapping[Any, Tensor], place: int = 0
+) -> Where | None:
+    """Where in the batch a latent's mask is found; of equal columns that nearest to ``place``.
 
     Raises:
         ProgramError: It is not there, so that a guide could not mask the site too.
     """
     if site.mask is None or (site.mask.numel() == 1 and bool(site.mask)):
         return None
-    where = _find_mask(name, site.mask, tensors)
+    where = find_mask(site.mask, tensors, place)
     if where is None:
         raise ProgramError(
             f"site {name!r} is masked by a tensor that is not in the batch (nor a column of one, "
@@ -254,12 +253,11 @@ def _mask_of_entry(site: ModelSite, tensors: Mapping[Any, Tensor]) -> Where | No
     """The mask of an observed site that covers whole rows of the batch."""
     if site.mask is None or site.mask.numel() != len(next(iter(tensors.values()))):
         return None
-    return _find_mask("", site.mask, tensors)
+    return find_mask(site.mask, tensors, 0)
 
 
-def _find_mask(name: str, mask: Tensor, tensors: Mapping[Any, Tensor]) -> Where | None:
-    numbered = _NUMBERED.match(name)
-    near = int(numbered[2]) if numbered else 0
+def find_mask(mask: Tensor, tensors: Mapping[Any, Tensor], near: int = 0) -> Where | None:
+    """Where in the batch a mask is found: an entry, a column of one, or its negation."""
     for key, entry in tensors.items():
         if not bool(((entry == 0) | (entry == 1)).all()):
             continue

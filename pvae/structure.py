@@ -8,7 +8,8 @@ seeing which densities move.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from pvae.placement import (
     entries_of,
     fill_axes,
     find,
+    find_mask,
     leaf,
     mask_of,
     plates_of,
@@ -151,11 +153,11 @@ def read(model: Callable[..., Any], batch: Any) -> Structure:
     fill_axes(entries, plates, data)
     plates = {n: with_axis(p, entries) for n, p in plates.items()}
     return Structure(
-        latents={n: _latent(n, [sites[n] for sites, _, _ in runs], data_names, tensors)
-                 for n in drawn},
+        latents={n: _latent(n, [sites[n] for sites, _, _ in runs], data_names, tensors, place)
+                 for n, place in _places(drawn).items()},
         observed={n: _observed(n, s, found[n], plates) for n, s in observed.items()},
         parents=parents,
-        reads=_reads(first, labels, found, entries),
+        reads=_reads(first, labels, found, tensors),
         plates=plates,
         data=data,
         entries=entries,
@@ -223,10 +225,10 @@ def _reads(
     sites: Sites,
     labels: Mapping[str, Any] | None,
     found: Mapping[str, Where | None],
-    entries: Mapping[Any, Entry],
+    tensors: Mapping[Any, Tensor],
 ) -> dict[str, frozenset[Any]]:
-    """Site -> entries of the batch that enter its density; all where that is not known."""
-    every = frozenset(entries)
+    """Site -> entries of the batch that enter its density or mask; all where it is not known."""
+    every = frozenset(tensors)
     if labels is None:
         return dict.fromkeys(sites, every)
     values = {n: every if w is None else frozenset({w.entry}) for n, w in found.items()}
@@ -235,6 +237,8 @@ def _reads(
         keys = {label[1] for label in labels[name] if isinstance(label, tuple)} & every
         for other in labels[name]:
             keys |= values.get(other, frozenset())
+        mask = find_mask(sites[name].mask, tensors) if sites[name].mask is not None else None
+        keys |= {mask.entry} if mask is not None else set()
         reads[name] = frozenset(keys) | values.get(name, frozenset())
     return reads
 
@@ -257,8 +261,23 @@ def _moved(model: Callable[..., Any], batch: Any, sites: Sites, name: str) -> li
 # --- sites ---------------------------------------------------------------------------------------
 
 
+def _places(names: Iterable[str]) -> dict[str, int]:
+    """How many sites before each are called like it, but for their number."""
+    seen: dict[str, int] = {}
+    places = {}
+    for name in names:
+        stem = re.sub(r"\d+(\D*)$", r"*\1", name)
+        places[name] = seen.get(stem, 0)
+        seen[stem] = places[name] + 1
+    return places
+
+
 def _latent(
-    name: str, runs: list[ModelSite], data_names: frozenset[str], tensors: Mapping[Any, Tensor]
+    name: str,
+    runs: list[ModelSite],
+    data_names: frozenset[str],
+    tensors: Mapping[Any, Tensor],
+    place: int,
 ) -> Latent:
     site = runs[0]
     frames = [f for f in site.plates if f.vectorized]
@@ -270,7 +289,7 @@ def _latent(
         plates=tuple(f.name for f in sorted(frames, key=lambda f: int(f.dim))),
         is_global=not any(f.name in data_names for f in frames),
         enumerate=site.enumerate,
-        mask=mask_of(name, site, tensors),
+        mask=mask_of(name, site, tensors, place),
         draws=_prior_draws(runs),
         categories=categories_of(site.distribution),
     )
