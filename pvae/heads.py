@@ -1,8 +1,8 @@
 """From a context to a distribution on a support: the last layer of an amortised guide.
 
 A continuous head draws ``u`` in unconstrained space and pushes it through the bijection onto the
-support. Its numbers are offsets from the prior's own location and scale there, so that a head whose
-output is zero is the prior, as well as its family can be.
+support. Its numbers are relative to the prior's own location and scale there, so that a head whose
+output is zero is the prior, somewhat narrower, as well as its family can be.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 
 
 def positive(raw: Tensor) -> Tensor:
-    """Free numbers to positive ones, zero to one: ``softplus(raw + log(e - 1))``."""
-    return softplus(raw + math.log(math.e - 1)) + 1e-4
+    """Free numbers to positive ones, zero to 0.69."""
+    return softplus(raw) + 1e-4
 
 
 class Trunk(nn.Module):

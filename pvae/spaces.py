@@ -108,11 +108,19 @@ class Space(nn.Module):
         self.register_buffer("spread", torch.ones(self.size))
 
     def fit(self, draws: Tensor) -> None:
-        """Set location and scale from draws ``(S, *event_shape)``, by their quantiles."""
+        """Set location and scale from draws ``(S, *event_shape)``, by their quantiles.
+
+        Where the draws cannot be told from standard normal ones (4 standard errors), they are zero
+        and one.
+        """
         free = self.free(draws.to(self.loc.dtype))
         quantiles = torch.tensor([0.16, 0.5, 0.84], dtype=free.dtype, device=free.device)
         low, middle, high = torch.quantile(free.nan_to_num(), quantiles, dim=0)
         spread = (high - low) / 2
+        near = 5.0 / math.sqrt(len(draws))  # the standard error of either is about 1.25 / sqrt(S)
+        standard = ((middle.abs() < near) & ((spread - 1).abs() < near)).all()
+        if bool(standard):
+            middle, spread = torch.zeros_like(middle), torch.ones_like(spread)
         self.loc.copy_(middle)
         self.scale.copy_(spread.clamp(0.05, 20.0))
         self.spread.copy_(spread.where(spread > 1e-6, torch.ones_like(spread)))

@@ -36,9 +36,10 @@ def build_model(name: str) -> nn.Module:
 
 
 def build_guide(name: str, model: nn.Module) -> nn.Module:
+    example = generate(model)
     torch.manual_seed(4)
     takes = inspect.signature(GUIDES[name]).parameters
-    known = {"x_dim": X_DIM, "latents": model.latents, "model": model}
+    known = {"x_dim": X_DIM, "latents": model.latents, "model": model, "example": example}
     return GUIDES[name](**{key: value for key, value in known.items() if key in takes})
 
 
