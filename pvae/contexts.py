@@ -38,7 +38,8 @@ def joined(*parts: Tensor, depth: int) -> Tensor:
     """
     shapes = [part.shape[:-1] for part in parts]
     batch = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    context = torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+    wide = [part.expand(*batch, part.shape[-1]) for part in parts]
+    context = wide[0] if len(wide) == 1 else torch.cat(wide, -1)
     while context.dim() - 1 > depth and context.shape[0] == 1:
         context = context.squeeze(0)
     return context

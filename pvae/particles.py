@@ -1105,6 +1105,7 @@ def read_model(
 
     Raises:
         ProgramError: The model fails on the batch, does not end, or has no data plate.
+        DataError: Observed data outside the support of their likelihood.
     """
     args, kwargs = arguments(batch)
     bounded = _Bounded(most)
@@ -1119,6 +1120,8 @@ def read_model(
                 raise ProgramError(bounded.refusal()) from error
             raise
         data_dim, data_plates = _find_data_plates(trace, batch, None)
+        if values is None:
+            _check_supports(trace)
         return {n: _model_site(node) for n, node in _sites(trace).items()}, data_dim, data_plates
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 import pvae
 from pvae import catalogue
-from pvae.errors import OptionError, ProgramError
+from pvae.errors import DataError, OptionError, ProgramError
 from pvae.guides.derived import Auto
 from pvae.guides.gaussian import Gaussian
 from pvae.particles import inspect as inspect_pair
 from pvae.particles import latent_sites
+from pvae.staging import capture
 from pvae.structure import read
 
 NAMES = list(zoo())
@@ -54,6 +55,7 @@ class TestZoo:
         for key, parameter in guide.named_parameters():
             assert parameter.grad is not None, key
             assert torch.isfinite(parameter.grad).all(), key
+        assert all(site in guide.explain() for site in guide.latents)
 
     def test_other_rows_state_dict_and_copy(self, name):
         model, guide, _ = derive(name)
@@ -72,13 +74,6 @@ class TestZoo:
             weights.append(pvae.draw(model, candidate, batch, 2).log_weights)
         assert torch.equal(weights[0], weights[1])
         assert torch.equal(weights[0], weights[2])
-
-    def test_explains_every_site(self, name):
-        _, guide, _ = derive(name)
-        text = guide.explain()
-        for site in guide.latents:
-            assert site in text
-        assert "encoder" not in text or "given" in text
 
 
 def factorisation(guide: Auto) -> dict[str, tuple[str, ...]]:
@@ -277,47 +272,53 @@ def fork(x: Tensor) -> None:
         pyro.sample("y", normal(right, 0.5), obs=x[:, 1])
 
 
-# Precision of the latents given the data, and covariance of the data, by hand.
+# By hand: precision of the latents given the data; how the data enter it; covariance of the data.
 GAUSSIAN = {
-    collider: (["a", "b"], [[1 + 4, 4], [4, 1 + 4]], [[2.25]]),
-    chain: (["upper", "lower"], [[1 + 0.81 * 4, -0.9 * 4], [-0.9 * 4, 8]], [[0.81 + 0.5]]),
+    collider: ("ab", [[1 + 4, 4], [4, 1 + 4]], [[4], [4]], [[2.25]]),
+    chain: (["upper", "lower"], [[1 + 0.81 * 4, -0.9 * 4], [-0.9 * 4, 8]], [[0], [4]],
+            [[0.81 + 0.5]]),
     fork: (["root", "left", "right"], [[1 + 8, -4, 4], [-4, 8, 0], [4, 0, 8]],
-           [[1.5, -1], [-1, 1.5]]),
+           [[0, 0], [4, 0], [0, 4]], [[1.5, -1], [-1, 1.5]]),
 }  # fmt: skip
 
 
-def train(model, guide, x: Tensor, epochs: int = 300):
-    return pvae.fit(
-        model, guide, x, objective=pvae.stl(num_particles=4), epochs=epochs, batch_size=len(x),
-        lr=0.05, lr_schedule="cosine", engine="staged", progress=False,
-    ).guide  # fmt: skip
-
-
-def gap(model, guide, x: Tensor, covariance) -> Tensor:
+def gap(model, guide, x: Tensor, covariance: Tensor) -> Tensor:
     """``log p(x) - ELBO``, nats per datum."""
-    truth = torch.as_tensor(covariance, dtype=torch.float64)
-    evidence = dist.MultivariateNormal(torch.zeros(len(truth)).double(), truth).log_prob(x)
+    evidence = dist.MultivariateNormal(torch.zeros_like(x[0]), covariance).log_prob(x)
     torch.manual_seed(9)
     with torch.no_grad():
         return (evidence - pvae.draw(model, guide, x, 4000).log_weights.mean(0)).mean()
 
 
+def best_factorised(sites, precision: Tensor, enters: Tensor):
+    """Mean field, and here also the factorisation along the model's own edges, at its optimum."""
+
+    def guide(x):
+        loc = torch.linalg.solve(precision, enters @ x.T)
+        with pyro.plate("data", len(x)):
+            for index, name in enumerate(sites):
+                scale = precision[index, index].rsqrt()
+                pyro.sample(name, dist.Normal(loc[index], scale))
+
+    return guide
+
+
 @pytest.mark.parametrize("model", GAUSSIAN, ids=lambda m: m.__name__)
 def test_exact_posterior_where_mean_field_cannot_be(model):
     """The derived guide closes the gap; the best factorised Gaussian leaves what theory says."""
-    sites, precision, covariance = GAUSSIAN[model]
-    truth = torch.tensor(covariance, dtype=torch.float64)
+    sites, *numbers = GAUSSIAN[model]
+    precision, enters, covariance = (torch.tensor(n, dtype=torch.float64) for n in numbers)
     torch.manual_seed(0)
-    x = dist.MultivariateNormal(torch.zeros(len(truth)).double(), truth).sample((64,))
-    torch.manual_seed(1)
-    derived = train(model, pvae.guides.auto(model, x, hidden=()), x)
-    assert abs(gap(model, derived, x, covariance)) < 1e-3
-    naive = Gaussian(x.shape[1], {n: () for n in sites}, hidden=()).double()
-    naive = train(model, naive, x)
-    exact = torch.tensor(precision, dtype=torch.float64)
-    lost = 0.5 * (exact.diagonal().log().sum() - exact.logdet())
-    assert lost > 0.05
+    x = dist.MultivariateNormal(torch.zeros_like(covariance[0]), covariance).sample((64,))
+    lost = 0.5 * (precision.diagonal().log().sum() - precision.logdet())
+    assert lost > 0.1
+    naive = best_factorised(sites, precision, enters)
     assert abs(gap(model, naive, x, covariance) - lost) < 0.02
+    torch.manual_seed(1)
+    guide = pvae.guides.auto(model, x, hidden=())
+    pvae.fit(model, guide, x, objective=pvae.stl(num_particles=4), epochs=450, batch_size=64,
+             lr=0.05, lr_schedule="cosine", engine="eager", progress=False)  # fmt: skip
+    assert abs(gap(model, guide, x, covariance)) < 1e-3
 
 
 def test_one_real_site_gives_the_hand_written_guide():
@@ -351,7 +352,7 @@ def test_data_keep_their_precision():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("vae", {"family": "flow"}), ("groups", {"family": "full"}), ("pictures", {}),
+        ("groups", {"family": "full"}), ("pictures", {}),
         ("state_space", {}), ("gmm_vae", {}),
     ],
 )  # fmt: skip
@@ -367,6 +368,23 @@ def test_staged_is_eager(name, options):
         parameters.append([p.detach().clone() for p in guide.parameters()])
     for one, other in zip(*parameters, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flow_can_be_staged():
+    """Its draws and densities as one graph of tensor operations."""
+    model, guide, batch = derive("vae", family="flow")
+    layout = inspect_pair(model, guide, batch)
+
+    def weights(x):
+        return pvae.draw(model, guide, x, 2, layout=layout).log_weights
+
+    with torch.no_grad():
+        graph = capture(weights, batch)
+        found = []
+        for function in (weights, graph):
+            torch.manual_seed(4)
+            found.append(function(batch))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_enumeration_of_a_discrete_site_in_the_guide():
@@ -500,6 +518,11 @@ def test_a_subsampled_inner_plate_is_refused():
         pvae.guides.auto(model, torch.randn(4, 10))
 
 
+def test_data_outside_the_support_are_refused():
+    with pytest.raises(DataError, match=r"Bernoulli likelihood of site 'x'.*binarise the data"):
+        pvae.guides.auto(SmallVAE(), torch.rand(4, 9))
+
+
 def test_unknown_encoder_and_single_row_are_refused():
     with pytest.raises(OptionError, match=r"no encoder is called 'imag': did you mean 'image'\?"):
         derive("vae", encoder="imag")
@@ -593,7 +616,7 @@ def test_state_space_guide_is_near_the_smoother():
     x = torch.randn(64, 5, 2).cumsum(1)
     guide = pvae.guides.auto(state_space, x, hidden=(32,))
     before = pvae.draw(state_space, guide, x, 20).log_weights.mean()
-    run = pvae.fit(state_space, guide, x, epochs=60, batch_size=64, lr=0.01, engine="staged",
+    run = pvae.fit(state_space, guide, x, epochs=60, batch_size=64, lr=0.01, engine="eager",
                    progress=False)  # fmt: skip
     after = pvae.draw(state_space, run.guide, x, 20).log_weights
     assert after.mean() > before + 5
