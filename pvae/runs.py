@@ -61,7 +61,7 @@ _EXAMPLE = 8  # rows of the data that a guide may be derived from
 DEFAULTS: Mapping[str, Any] = {
     "model": None,
     "model_options": {},
-    "guide": "gaussian",
+    "guide": "auto",
     "guide_options": {},
     "objective": "vae",
     "objective_options": {},
