@@ -37,10 +37,12 @@ __all__ = [
 ]
 
 filled_names = (
-    "x_dim", "num_levels", "num_classes", "image_shape", "latents", "model", "x_mean", "x_scale"
+    "x_dim", "num_levels", "num_classes", "image_shape", "latents", "model", "x_mean", "x_scale",
+    "example_batch",
 )  # fmt: skip
 
 _FOLDERS = {"model": "models", "guide": "guides"}
+_FILES = {"auto": "derived"}  # short name -> file, where they differ
 _NAMED = {
     "beta": "schedules", "bound": "bounds", "gradient": "gradients", "kl_term": "kl_terms",
     "penalty": "penalties",
@@ -77,11 +79,12 @@ def listing(role: str) -> dict[str, str]:
     The files are read, not imported.
     """
     found = {}
+    names = {file: name for name, file in _FILES.items()}
     for path in sorted((Path(__file__).parent / _FOLDERS[role]).glob("[!_]*.py")):
         tree = ast.parse(path.read_text())
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         described = ast.get_docstring(classes[-1] if classes else tree) or ""
-        found[path.stem] = described.partition("\n")[0]
+        found[names.get(path.stem, path.stem)] = described.partition("\n")[0]
     return found
 
 
@@ -109,7 +112,8 @@ def find(role: str, text: str, *, copy: Path | None = None) -> Program:
             f"no {role} is called {text!r}: {did_you_mean(name, known)} (or give "
             "package.module:Class or ./file.py:Class)"
         )
-    module = importlib.import_module(f"pvae.{_FOLDERS[role]}.{name}")
+    file = _FILES.get(name, name)
+    module = importlib.import_module(f"pvae.{_FOLDERS[role]}.{file}")
     return Program(_only(role, module, module.__name__), name, name)
 
 

@@ -222,7 +222,7 @@ def _fit(
     resumed = before is not None
     model, guide = runs.pair(config, about | moments, folder=folder if resumed else None)
     folder.mkdir(parents=True, exist_ok=True)
-    if programs.takes("x_mean", "x_scale") and not resumed:
+    if programs.takes(*moments) and not resumed:
         save_tensors(folder / "checkpoints" / "data", moments, {})
     kept = {key: config[key] for key in runs.DEFAULTS}
     counted = {"num_parameters": (before or {}).get("num_parameters"), "data_facts": about}

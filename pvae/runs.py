@@ -66,10 +66,12 @@ __all__ = [
 
 Config = dict[str, Any]
 
+_EXAMPLE = 8  # rows of the data that a guide may be derived from
+
 DEFAULTS: Mapping[str, Any] = {
     "model": None,
     "model_options": {},
-    "guide": "gaussian",
+    "guide": "auto",
     "guide_options": {},
     "objective": "vae",
     "objective_options": {},
@@ -417,10 +419,21 @@ def _fingerprint(split: Split) -> str:
 
 
 def statistics(dataset: Dataset) -> dict[str, Tensor]:
-    """``x_mean`` and ``x_scale`` of the training split, ``(D,)``; constant features get scale 1."""
+    """``x_mean`` and ``x_scale`` of the training split, ``(D,)``, and an ``example_batch`` of rows.
+
+    Constant features get scale 1.
+    """
     x = dataset.train.x
     scale = x.std(0, correction=0)
-    return {"x_mean": x.mean(0), "x_scale": scale.where(scale > 0, scale.new_ones(()))}
+    scale = scale.where(scale > 0, scale.new_ones(()))
+    return {"x_mean": x.mean(0), "x_scale": scale, **_example(dataset)}
+
+
+def _example(dataset: Dataset) -> dict[str, Tensor]:
+    found = {"example_batch": dataset.train.x[:_EXAMPLE].clone()}
+    if dataset.train.labels is not None:
+        found["example_labels"] = dataset.train.labels[:_EXAMPLE].clone()
+    return found
 
 
 def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None) -> Any:
@@ -428,7 +441,8 @@ def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None
 
     Args:
         config: A resolved configuration.
-        known: ``x_dim``, ``num_levels``, ``image_shape``, ``x_mean``, ``x_scale``.
+        known: ``x_dim``, ``num_levels``, ``image_shape``, ``x_mean``, ``x_scale``,
+            ``example_batch`` with ``example_labels``.
         folder: The run folder, whose copy stands in for a user's file that is gone or changed.
 
     Returns:
@@ -451,6 +465,9 @@ def pair(config: Config, known: Mapping[str, Any], *, folder: Path | None = None
         known["model"] = model
         if "latents" in wanted:
             known["latents"] = _latents(model, source.name, guide_source.name)
+        if "example_batch" in wanted and "example_batch" in known:
+            rows, labels = known["example_batch"], known.get("example_labels")
+            known["example_batch"] = batch_for(model, rows, labels)
         return model, _construct(guide_source, config["guide_options"], known)
 
 

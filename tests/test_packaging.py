@@ -15,7 +15,7 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "published", "rewrites", "seeds"},
+    {"contexts", "errors", "inversion", "published", "rewrites", "seeds"},
     {
         "log_weights",
         "checkpoints",
@@ -31,7 +31,7 @@ FLOORS = [
         "distributions",
         "families",
         "models",
-        "guides",
+        "spaces",
         "likelihoods",
         "count_distributions",
         "tables",
@@ -47,7 +47,12 @@ FLOORS = [
         "recurrent",
         "sentences",
     },
-    {"particles"},
+    {"encoders", "heads", "particles"},
+    {"guide_source", "placement"},
+    {"structure"},
+    {"factors", "head_choice"},
+    {"assembly", "explanation"},
+    {"guides"},
     {"bounds", "schedules", "penalties"},
     {"gradients", "kl_terms"},
     {"objectives", "data"},

@@ -238,7 +238,7 @@ def test_missing_files_are_named(mine: Path, file: str, message: str) -> None:
 
 def test_a_config_that_lost_a_line_is_refused(mine: Path) -> None:
     path = mine / "config.yaml"
-    path.write_text(path.read_text().replace("guide: gaussian\n", ""))
+    path.write_text(path.read_text().replace("guide: auto\n", ""))
     with pytest.raises(RunError, match="has no 'guide'"):
         pvae.load(mine)
 

@@ -241,7 +241,7 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         ("mine.py, line 1", "nowhere_to_be_found"),
     ),
     "model without latents": (
-        lambda p, r: ["train", model_file(p, latents=""), "--epochs", "1"],
+        lambda p, r: ["train", model_file(p, latents=""), "--guide", "gaussian", "--epochs", "1"],
         2,
         ("latent", "--guide"),
     ),
@@ -251,7 +251,7 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         ("ValueError: boom", "mine.py, line 15", "--debug"),
     ),
     "guide of another model": (
-        lambda p, r: ["train", model_file(p, site="u"), "--epochs", "1"],
+        lambda p, r: ["train", model_file(p, site="u"), "--guide", "gaussian", "--epochs", "1"],
         2,
         ("'u'", "'z'"),
     ),
