@@ -20,6 +20,7 @@ import random
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import time
 import warnings
@@ -121,6 +122,7 @@ def killed_run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--engine", default="eager")
@@ -137,11 +139,12 @@ def main() -> None:
         os.waitpid(start(place / "whole", arguments, shared), 0)
         duration = time.monotonic() - begun
         whole, ages, runs = outcome(place / "whole"), list[int](), 0
-        while len(ages) < arguments.kills:
+        while len(ages) < arguments.kills and time.monotonic() - begun < arguments.seconds:
             folder = place / str(runs)
             ages += killed_run(folder, arguments, duration, arguments.kills - len(ages), shared)
             if outcome(folder) != whole:
                 raise SystemExit(f"run {runs}, killed {len(ages)} times so far, ended otherwise")
+            print(f"{len(ages)} kills in {runs + 1} runs", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
             runs += 1
         print(json.dumps({

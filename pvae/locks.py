@@ -20,8 +20,7 @@ def locked(
 ) -> Iterator[None]:
     """The folder for this thread alone; the lock goes when the process does, however it ends.
 
-    Where there is no ``flock``, nothing keeps two
-    processes apart.
+    Where there is no ``flock``, nothing keeps two processes apart.
 
     Args:
         folder: It must exist; ``.lock`` is made in it.
