@@ -31,11 +31,11 @@ class Auto(nn.Module):
 
     Args:
         model: The generative program; it is read, not kept.
-        example_batch: A batch to read it on, a few rows of training data: a tensor, a tuple or a dict.
-            Its mean and scale standardise the encoders' input if ``x_mean`` and ``x_scale`` are
+        example_batch: A few rows of training data to read it on: a tensor, a tuple or a dict. Its
+            mean and scale standardise the encoders' input if ``x_mean`` and ``x_scale`` are
             not given.
-        also: Batches of other forms that the model takes: with labels where ``example_batch`` has none,
-            say. Sites whose values they give are taken from them.
+        also: Batches of other forms that the model takes: with labels, say, where
+            ``example_batch`` has none. Sites whose values they give are taken from them.
         family: ``"diagonal"``, ``"full"``, ``"low_rank"`` (Gaussians in unconstrained space) or
             ``"flow"`` (neural spline flow), for all continuous sites or as ``{site: family}``.
         encoder: ``"vector"``, ``"image"``, ``"sequence"`` or ``"set"`` where the shape of the data
