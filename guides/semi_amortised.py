@@ -28,16 +28,17 @@ class SemiAmortised(nn.Module):
     """Mean-field Gaussians: the encoder's, then gradient steps on each datum's own ELBO.
 
     Kim, Wiseman, Miller, Sontag & Rush (2018), Semi-amortized variational autoencoders. A step is
-    along the natural gradient of a one-draw ELBO, ``loc += step_size * scale * clip(scale * g)``
-    and ``log scale += step_size * clip(g') / 2``, each clipped to ±1: no unit of the latents or the
-    data enters, and no coordinate moves by more than ``step_size`` standard deviations. The steps
-    are taken at evaluation as well; all particles of a datum share their outcome.
+    along the natural gradient of the ELBO of two mirrored draws, ``loc += r scale clip(scale g)``
+    and ``log scale += r clip(g') / 2``, each clipped to ±1: no unit of the latents or the data
+    enters, and no coordinate moves by more than r standard deviations, where r falls from
+    ``step_size`` as one over the square root of the steps taken. The steps are taken at evaluation
+    as well; all particles of a datum share their outcome.
 
     Args:
         x_dim: Number of features of a datum.
         model: The model, whose density the steps climb; real latent sites, named by ``latents``.
         steps: Number k of steps.
-        step_size: Of each.
+        step_size: Of the first.
         through: Differentiate through the steps (second derivatives of the model); ``False`` takes
             them as constants added to the encoder's output.
         hidden: Width of each layer of the encoder.
@@ -110,8 +111,9 @@ class SemiAmortised(nn.Module):
         if not self.through:
             encoded, state = state, {n: (a.detach(), b.detach()) for n, (a, b) in state.items()}
         with torch.enable_grad():
-            for _ in range(self.steps):
-                state = self._step(x, state, create_graph=self.through and differentiated)
+            for taken in range(self.steps):
+                size = self.step_size / (taken + 1) ** 0.5
+                state = self._step(x, state, size, create_graph=self.through and differentiated)
         if not self.through:
             state = {
                 name: (encoded[name][0] + (loc - encoded[name][0]).detach(),
@@ -120,7 +122,7 @@ class SemiAmortised(nn.Module):
             }  # fmt: skip
         return state
 
-    def _step(self, x: Tensor, state: _State, *, create_graph: bool) -> _State:
+    def _step(self, x: Tensor, state: _State, size: float, *, create_graph: bool) -> _State:
         if not create_graph:
             state = {name: (a.detach(), b.detach()) for name, (a, b) in state.items()}
         points = [
@@ -132,23 +134,25 @@ class SemiAmortised(nn.Module):
             scale = log_scale.exp()
             up, wider = slopes[2 * index], slopes[2 * index + 1]
             moved[name] = (
-                loc + self.step_size * scale * (scale * up).clamp(-1, 1),
-                log_scale + self.step_size * wider.clamp(-1, 1) / 2,
+                loc + size * scale * (scale * up).clamp(-1, 1),
+                log_scale + size * wider.clamp(-1, 1) / 2,
             )
         return moved
 
     def _elbo(self, x: Tensor, state: _State) -> Tensor:
-        """One draw's ELBO, summed over the data, up to a constant."""
+        """The ELBO of two mirrored draws, summed over the data, up to a constant."""
         draws = {}
         entropy = x.new_zeros(())
         for name, (loc, log_scale) in state.items():
-            z = loc + log_scale.exp() * torch.randn_like(loc)
+            step = log_scale.exp() * torch.randn_like(loc)
+            z = torch.cat([loc + step, loc - step])
             draws[name] = z.reshape(z.shape[:-1] + torch.Size(self.latents[name]))
             entropy = entropy + log_scale.sum()
         with poutine.block():
-            trace = poutine.trace(poutine.condition(self.model, draws)).get_trace(x)
+            conditioned = poutine.condition(self.model, draws)
+            trace = poutine.trace(conditioned).get_trace(torch.cat([x, x]))
         terms = [
-            node["fn"].log_prob(node["value"]).sum()
+            node["fn"].log_prob(node["value"]).sum() / 2
             for node in trace.nodes.values()
             if node["type"] == "sample" and node["is_observed"]
         ]

@@ -15,7 +15,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from pvae.errors import OptionError, did_you_mean
 
@@ -76,7 +75,7 @@ class RelaxedOneHot(dist.OneHotCategorical):  # type: ignore[misc]
         """One-hot draws."""
         shape = self._extended_shape(sample_shape)
         noisy = self.logits + _gumbel(self.logits, shape)
-        hard = one_hot(noisy.argmax(-1), shape[-1]).to(noisy.dtype)
+        hard = torch.zeros_like(noisy).scatter(-1, noisy.argmax(-1, keepdim=True), 1.0)
         soft = (noisy / self.temperature).softmax(-1)
         if self.relaxation == "straight_through":
             soft = self.probs.expand(shape)
