@@ -98,7 +98,7 @@ def piano_rolls(rolls: dict[str, list[Tensor]]) -> Any:
         for axes, roll in zip(row, pieces, strict=False):
             axes.set_axis_on()
             axes.imshow(
-                roll.T, origin="lower", aspect="auto", cmap="Greys", vmin=0, vmax=1,
+                roll.T.numpy(), origin="lower", aspect="auto", cmap="Greys", vmin=0, vmax=1,
                 interpolation="nearest", extent=(0, len(roll), -0.5, KEYS - 0.5),
             )  # fmt: skip
             axes.set(ylim=(low - 2, high + 2))

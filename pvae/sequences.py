@@ -65,7 +65,7 @@ def perplexity(log_p: Tensor, num_words: Tensor) -> float:
         DataError: a sentence has no word, or there is not one number for each.
     """
     words = _checked(log_p, num_words)
-    return math.exp(float(-log_p.double().sum() / words.sum()))
+    return math.exp(float(-log_p.detach().double().sum() / words.sum()))
 
 
 def _checked(log_p: Tensor, lengths: Tensor) -> Tensor:
