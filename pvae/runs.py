@@ -504,7 +504,8 @@ def _construct(
     if not source.is_class:
         return source.factory
     wanted = catalogue.option_names(source.factory)
-    filled = {name: known[name] for name in wanted if known.get(name) is not None}
+    offered = [name for name in catalogue.filled_names if name in wanted]
+    filled = {name: known[name] for name in offered if known.get(name) is not None}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
