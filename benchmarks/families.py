@@ -84,8 +84,8 @@ def main() -> None:
         model = build()
         guide = guide_of(model)
         started = time.perf_counter()
-        run = pvae.fit(model, guide, train, epochs=options.epochs, batch_size=100, lr=2e-3,
-                       engine="staged", progress=False)  # fmt: skip
+        pvae.fit(model, guide, train, epochs=options.epochs, batch_size=100, lr=2e-3,
+                 engine="staged", progress=False)  # fmt: skip
         seconds = time.perf_counter() - started
         if isinstance(model, VQVAE):  # its guide is deterministic: the bound, with a fitted prior
             with torch.no_grad():
