@@ -66,6 +66,8 @@ DEFAULTS: Mapping[str, Any] = {
     "data": "digits",
     "binarize": None,
     "transform": None,
+    "data_size": None,
+    "data_unreadable": "stop",
     "epochs": 150,
     "batch_size": 64,
     "optimizer": "adam",
@@ -250,7 +252,8 @@ def read_config(run_dir: str | Path) -> Config:
         config = read_yaml(folder / "config.yaml")
     except OptionError as error:
         raise RunError(f"{folder} is damaged: {error}") from None
-    config.setdefault("alternate", None)  # runs of before there was this option
+    for added in ("alternate", "data_size", "data_unreadable"):  # runs from before these options
+        config.setdefault(added, DEFAULTS[added])
     missing = [key for key in (*DEFAULTS, "data_facts") if key not in config]
     if missing:
         raise RunError(f"{folder / 'config.yaml'} has no {missing[0]!r}: train the run again")
@@ -265,7 +268,12 @@ def data_of(config: Config) -> Dataset:
     from pvae.data import load as load_data
 
     return load_data(
-        config["data"], binarize=config["binarize"], transform=config["transform"], seed=0
+        config["data"],
+        binarize=config["binarize"],
+        transform=config["transform"],
+        size=config.get("data_size"),
+        unreadable=config.get("data_unreadable", "stop"),
+        seed=0,
     )
 
 

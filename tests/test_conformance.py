@@ -16,6 +16,7 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 X_DIM, SIZE, K = 6, 5, 3
+SHAPE = (2, 3)
 
 
 def classes(folder: str) -> dict[str, type[nn.Module]]:
@@ -32,13 +33,14 @@ MODELS, GUIDES = classes("models"), classes("guides")
 
 def build_model(name: str) -> nn.Module:
     torch.manual_seed(3)
-    return MODELS[name](X_DIM)
+    takes = inspect.signature(MODELS[name]).parameters
+    return MODELS[name](X_DIM, **{key: SHAPE for key in takes if key == "image_shape"})
 
 
 def build_guide(name: str, model: nn.Module) -> nn.Module:
     torch.manual_seed(4)
     takes = inspect.signature(GUIDES[name]).parameters
-    known = {"x_dim": X_DIM, "latents": model.latents, "model": model}
+    known = {"x_dim": X_DIM, "latents": model.latents, "model": model, "image_shape": SHAPE}
     return GUIDES[name](**{key: value for key, value in known.items() if key in takes})
 
 

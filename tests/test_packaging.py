@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "published", "rewrites", "seeds"},
     {"log_weights", "checkpoints", "progress", "staging", "precision"},
-    {"networks", "distributions", "families", "models", "guides"},
+    {"networks", "distributions", "logistic_mixture", "autoregressive", "families"},
+    {"convolutions", "models", "guides"},
     {"particles"},
     {"bounds"},
     {"gradients", "schedules"},

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
+from pvae.data.images import cifar10, omniglot
 
 __all__ = ["SOURCES", "sources"]
 
@@ -194,10 +195,12 @@ def _unpack(path: Path, width: int) -> Arrays:
 SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
     sorted(
         {
+            "cifar-10": cifar10,
             "digits": digits,
             "fashion-mnist": fashion_mnist,
             "mnist": mnist,
             "mnist-static": mnist_static,
+            "omniglot": omniglot,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
         }.items()
     )
