@@ -71,11 +71,40 @@ def judge(pictures: Tensor, data: Tensor, features: Any, shape: Any) -> dict[str
     }
 
 
+def train(
+    data: str, grey: Tensor, folder: Path, epochs: tuple[int, int], z_dim: int, seed: int
+) -> tuple[dict[str, tuple[Conv, ConvGuide]], list[str]]:
+    """Both pairs from the same start, and what was said of a collapse."""
+    bits = pvae.data.load(data, binarize="dynamic")
+    trained = {name: pair(bits, z_dim, seed) for name in ("VAE", "VAE-GAN")}
+    pvae.fit(
+        *trained["VAE"], grey, preprocess=torch.bernoulli, epochs=epochs[0], batch_size=64,
+        lr=2e-3, lr_schedule="cosine", engine="eager", seed=seed, run_dir=folder / "vae",
+    )  # fmt: skip
+    discriminator = ConvolutionalEncoder(
+        trained["VAE"][0].shape, 1, (16, 32), activation="leaky_relu", spectral=True
+    )
+    game = vae_gan(*trained["VAE-GAN"], discriminator)
+    contest = play(game, grey, epochs=epochs[1], seed=seed, run_dir=folder)
+    for program in (part for both in trained.values() for part in both):
+        program.eval()
+    return trained, contest.collapsed
+
+
+def reconstructions(trained: dict[str, tuple[Conv, ConvGuide]], x: Tensor) -> dict[str, Tensor]:
+    """Means of ``p(x | z)`` at the posterior's mean."""
+    with torch.no_grad():
+        return {
+            name: model.decode(guide.posterior(x)["z"].mean).mean
+            for name, (model, guide) in trained.items()
+        }
+
+
 def main(
     data: str = "mnist",
     rows: int = 20_000,
-    vae_epochs: int = 6,
-    gan_epochs: int = 10,
+    vae_epochs: int = 4,
+    gan_epochs: int = 6,
     num_samples: int = 1000,
     ais_data: int = 20,
     ais_temperatures: int = 100,
@@ -86,56 +115,38 @@ def main(
     """Train both, judge both, and write the folder."""
     folder = Path(out or f"runs/vae-gan-{data}")
     dataset = pvae.data.load(data, transform="none")
-    top = float((dataset.num_levels or 2) - 1)
-    grey, held_out = dataset.train.x[:rows] / top, dataset.test.x / top
-    classifier = train_classifier(grey, dataset.train.labels[:rows], dataset.image_shape)  # type: ignore[index]
-    bits = pvae.data.load(data, binarize="dynamic")
-    trained: dict[str, tuple[Conv, ConvGuide]] = {}
-    trained["VAE"] = pair(bits, z_dim, seed)
-    pvae.fit(
-        *trained["VAE"], grey, preprocess=torch.bernoulli, epochs=vae_epochs, batch_size=64,
-        lr=2e-3, lr_schedule="cosine", seed=seed, run_dir=folder / "vae",
-    )  # fmt: skip
-    trained["VAE-GAN"] = pair(bits, z_dim, seed)
-    shape = trained["VAE"][0].shape
-    discriminator = ConvolutionalEncoder(shape, 1, (32, 64), activation="leaky_relu", spectral=True)
-    game = vae_gan(*trained["VAE-GAN"], discriminator)
-    contest = play(game, grey, epochs=gan_epochs, seed=seed, run_dir=folder)
-    table: dict[str, dict[str, float]] = {}
-    some = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))]
-    pictures, again = {}, {}
+    shape, top = dataset.image_shape, float((dataset.num_levels or 2) - 1)
+    grey, labels = dataset.train.x[:rows] / top, dataset.train.labels
+    order = torch.randperm(len(dataset.test), generator=torch.Generator().manual_seed(0))
+    held_out = dataset.test.x[order] / top
+    real, more = held_out[:num_samples], held_out[num_samples : 2 * num_samples]
+    assert labels is not None
+    features = train_classifier(grey, labels[:rows], shape).features
+    trained, collapsed = train(data, grey, folder, (vae_epochs, gan_epochs), z_dim, seed)
+    pictures = {name: samples(model, num_samples) for name, (model, _) in trained.items()}
+    again = reconstructions(trained, real)
+    table = {
+        name: judge(x, real, features, shape) for name, x in (pictures | {"data": more}).items()
+    }
+    bits = torch.bernoulli(held_out[:ais_data], generator=torch.Generator().manual_seed(0))
     for name, (model, guide) in trained.items():
-        model.eval(), guide.eval()
-        pictures[name] = samples(model, num_samples)
-        with torch.no_grad():
-            again[name] = model.decode(guide.posterior(some[:100])["z"].mean).mean
-        table[name] = judge(
-            pictures[name], some[:num_samples], classifier.features, dataset.image_shape
-        )
-        table[name]["reconstructions' sharpness"] = float(
-            quality.gradient_energy(again[name], dataset.image_shape).mean()
-            / quality.gradient_energy(some[:100], dataset.image_shape).mean()
+        sharp = quality.gradient_energy(again[name], shape).mean()
+        table[name]["sharpness of reconstructions"] = float(
+            sharp / quality.gradient_energy(real, shape).mean()
         )
         evidence = pvae.evidence.annealed(
-            model, guide, bits.test.x[:ais_data], num_chains=16, num_temperatures=ais_temperatures
+            model, guide, bits, num_chains=16, num_temperatures=ais_temperatures
         )
         table[name]["log p(x) by AIS, nats"] = evidence.mean
         table[name]["its standard error"] = evidence.mean_stderr
-    table["data"] = judge(
-        some[num_samples : 2 * num_samples], some[:num_samples], classifier.features,
-        dataset.image_shape,
-    )  # fmt: skip
     figures = folder / "figures"
-    image_shape = dataset.image_shape
-    plots.save(plots.samples_beside_data(pictures, some[:64], image_shape), figures / "samples.png")
-    plots.save(
-        plots.reconstructions(some[:12], again, image_shape), figures / "reconstructions.png"
-    )
+    plots.save(plots.samples_beside_data(pictures, real[:64], shape), figures / "samples.png")
+    plots.save(plots.reconstructions(real[:12], again, shape), figures / "reconstructions.png")
     settings = {"data": data, "rows": rows, "vae_epochs": vae_epochs, "gan_epochs": gan_epochs,
                 "z_dim": z_dim, "seed": seed}  # fmt: skip
     (folder / "config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
     (folder / "quality.json").write_text(json.dumps(table, indent=1) + "\n")
-    show(table, contest.collapsed)
+    show(table, collapsed)
     print(f"wrote {folder}")
     return table
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -173,6 +174,7 @@ def play(
     log = _open(run_dir)
     with (
         torch.random.fork_rng([where] if where.type == "cuda" else []),
+        pyro.validation_enabled(False),
         Reporter(epochs, steps, enabled=progress, describe=_describe) as reporter,
     ):
         for epoch in range(1, epochs + 1):

@@ -20,7 +20,7 @@ from pvae.errors import ProgramError
 __all__ = ["adversarial_autoencoder", "avb", "gan", "vae_gan"]
 
 
-def gan(model: Any, discriminator: nn.Module, *, lr: float = 3e-4) -> Game:
+def gan(model: Any, discriminator: nn.Module, *, lr: float = 1e-3) -> Game:
     """A generative adversarial network: the means of a model's decoder against a discriminator.
 
     The generator lowers ``-log D(G(z))`` (the non-saturating loss), the discriminator
@@ -49,11 +49,11 @@ def vae_gan(
     guide: Any,
     discriminator: Any,
     *,
-    gamma: float = 0.02,
+    gamma: float = 0.05,
     beta: float = 1.0,
     equilibrium: float = 0.68,
     margin: float | None = 0.4,
-    lr: float = 3e-4,
+    lr: float = 1e-3,
 ) -> Game:
     """A VAE whose decoder is a GAN's generator, and whose errors are measured by its discriminator.
 
