@@ -14,6 +14,25 @@ SETTINGS = {
     "own_model.py": {"epochs": 2},
     "custom_objective.py": {"epochs": 2},
     "em_is_vi.py": {"passes": 3},
+    "images.py": {
+        "data": "digits",
+        "rows": 64,
+        "epochs": (1, 1, 1),
+        "z_dim": 2,
+        "test": 4,
+        "num_particles": 2,
+        "num_pictures": 4,
+    },
+    "vae_gan.py": {
+        "data": "digits",
+        "rows": 128,
+        "vae_epochs": 1,
+        "gan_epochs": 1,
+        "z_dim": 2,
+        "num_samples": 40,
+        "ais_data": 2,
+        "ais_temperatures": 3,
+    },
 }
 
 
