@@ -163,6 +163,7 @@ def show(table: dict[str, dict[str, float]], collapsed: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for option, kind in (("data", str), ("seed", int), ("out", str), ("rows", int),
-                         ("vae-epochs", int), ("gan-epochs", int)):  # fmt: skip
+                         ("vae-epochs", int), ("gan-epochs", int), ("ais-data", int),
+                         ("ais-temperatures", int)):  # fmt: skip
         parser.add_argument(f"--{option}", type=kind, default=argparse.SUPPRESS)
     main(**vars(parser.parse_args()))
