@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.data.dataset import Dataset, Dequantize, Preprocess, Split
-from pvae.data.files import PARTS, Arrays, read_arrays
+from pvae.data.files import FORMATS, PARTS, Arrays, read_arrays
 from pvae.data.images import read_image_folder
 from pvae.data.sources import SOURCES
 from pvae.data.tensors import all_finite, locate, to_tensor
@@ -129,7 +129,7 @@ def _read(
 ) -> tuple[str, Arrays]:
     source = SOURCES.get(str(name_or_path))
     path = Path(name_or_path).expanduser()
-    if source is None and path.is_dir():
+    if source is None and path.is_dir() and path.suffix.lower() not in FORMATS:
         return path.name, read_image_folder(path, size, unreadable=unreadable)
     if size is not None:
         raise OptionError(f"size={size!r} is for a folder of images, not for {name_or_path}")
@@ -137,8 +137,8 @@ def _read(
         return str(name_or_path), source(root)
     if isinstance(name_or_path, str) and not path.suffix and len(path.parts) < 2:
         raise OptionError(
-            f"{name_or_path!r} is neither a named data set nor the path of a .npz, .npy or .csv "
-            f"file or of a folder of images: {did_you_mean(name_or_path, SOURCES)}"
+            f"{name_or_path!r} is neither a named data set, a folder of images nor the path of a "
+            f".npz, .npy or .csv file: {did_you_mean(name_or_path, SOURCES)}"
         )
     return path.name, read_arrays(path)
 
