@@ -24,7 +24,7 @@ from pvae.guides.gaussian import Gaussian
 from pvae.models.conv import Conv
 from pvae.models.vae import VAE
 
-BATCH, LR, Z_DIM = 64, 2e-3, 16
+LR, Z_DIM = 2e-3, 16
 
 
 def pair(kind: str, dataset: Any, seed: int) -> tuple[Any, Any]:
@@ -37,16 +37,21 @@ def pair(kind: str, dataset: Any, seed: int) -> tuple[Any, Any]:
     return model, ConvGuide(dataset.x_dim, model.latents, dataset.image_shape, **moments)
 
 
-def train(kind: str, dataset: Any, seconds: float, seed: int) -> dict[str, Any]:
+def train(kind: str, dataset: Any, seconds: float, batch_size: int, seed: int) -> dict[str, Any]:
     model, guide = pair(kind, dataset, seed)
-    options = {"preprocess": dataset.preprocess, "batch_size": BATCH, "lr": LR, "engine": "eager"}
+    options = {
+        "preprocess": dataset.preprocess,
+        "batch_size": batch_size,
+        "lr": LR,
+        "engine": "eager",
+    }
     raw = dataset.train_raw
     probe = copy.deepcopy((model, guide))
-    pvae.fit(*probe, raw[: 2 * BATCH], epochs=2, progress=False, **options)
+    pvae.fit(*probe, raw[: 2 * batch_size], epochs=2, progress=False, **options)
     started = time.process_time()
-    pvae.fit(*probe, raw[: 20 * BATCH], epochs=1, progress=False, **options)
+    pvae.fit(*probe, raw[: 20 * batch_size], epochs=1, progress=False, **options)
     step = (time.process_time() - started) / 20
-    epochs = max(1, round(seconds / (step * math.ceil(len(raw) / BATCH))))
+    epochs = max(1, round(seconds / (step * math.ceil(len(raw) / batch_size))))
     started = time.process_time()
     run = pvae.fit(
         model, guide, raw, epochs=epochs, lr_schedule="cosine", seed=seed, progress=False, **options
@@ -59,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=120, help="process seconds of a training")
     parser.add_argument("--data", nargs="+", default=["mnist", "fashion-mnist"])
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, default=1000, help="test images that are weighed")
     parser.add_argument("--num-particles", type=int, default=300)
@@ -69,7 +75,7 @@ def main() -> None:
         dataset = pvae.data.load(name, binarize="dynamic")
         x, scores = dataset.test.x[: arguments.test], {}
         for kind in ("conv", "mlp"):
-            found = train(kind, dataset, arguments.seconds, arguments.seed)
+            found = train(kind, dataset, arguments.seconds, arguments.batch_size, arguments.seed)
             run = found["run"]
             evidence = pvae.evidence.importance(
                 run.model, run.guide, x, num_particles=arguments.num_particles

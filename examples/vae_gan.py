@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def main(
     table = {
         name: judge(x, real, features, shape) for name, x in (pictures | {"data": more}).items()
     }
+    log_p: dict[str, Tensor] = {}
     bits = torch.bernoulli(held_out[:ais_data], generator=torch.Generator().manual_seed(0))
     for name, (model, guide) in trained.items():
         sharp = quality.gradient_energy(again[name], shape).mean()
@@ -139,6 +141,9 @@ def main(
         )
         table[name]["log p(x) by AIS, nats"] = evidence.mean
         table[name]["its standard error"] = evidence.mean_stderr
+        log_p[name] = evidence.log_evidence
+    price = log_p["VAE"] - log_p["VAE-GAN"]
+    stderr = float(price.std() / math.sqrt(len(price)))
     figures = folder / "figures"
     plots.save(plots.samples_beside_data(pictures, real[:64], shape), figures / "samples.png")
     plots.save(plots.reconstructions(real[:12], again, shape), figures / "reconstructions.png")
@@ -147,6 +152,7 @@ def main(
     (folder / "config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
     (folder / "quality.json").write_text(json.dumps(table, indent=1) + "\n")
     show(table, collapsed)
+    print(f"the price of sharpness: {float(price.mean()):.1f} +- {stderr:.1f} nats, paired")
     print(f"wrote {folder}")
     return table
 
