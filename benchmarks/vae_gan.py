@@ -26,9 +26,10 @@ from pvae.models.conv import Conv
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--data", default="mnist")
     parser.add_argument("--rows", type=int, default=6400)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     bits = pvae.data.load(arguments.data, binarize="dynamic")
@@ -36,7 +37,7 @@ def main() -> None:
     real = bits.train_raw[-1000:]
     known = {"image_shape": bits.image_shape, **runs.statistics(bits)}
     print("seed  accuracy  sample spread  sharpness  MMD^2 (pixels)  seconds  collapsed")
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
         torch.manual_seed(seed)
         model = Conv(bits.x_dim, bits.image_shape)
         guide = ConvGuide(bits.x_dim, model.latents, **known)
