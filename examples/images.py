@@ -52,11 +52,11 @@ def pictures(model: Any, size: int) -> Tensor:
 
 def main(
     data: str = "mnist",
-    rows: int = 10_000,
-    epochs: tuple[int, int, int] = (8, 3, 1),
+    rows: int = 20_000,
+    epochs: tuple[int, int, int] = (10, 6, 2),
     z_dim: int = 16,
-    test: int = 500,
-    num_particles: int = 50,
+    test: int = 300,
+    num_particles: int = 20,
     num_pictures: int = 36,
     out: str | None = None,
 ) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class Contest:
 
     Attributes:
         history: One dict per epoch: each player's loss, what was watched, seconds.
-        collapsed: What was said of a side that had given up, in words.
+        collapsed: What was said of a side that had given up for two epochs, in words.
         seconds: Time of the training.
     """
 
@@ -171,6 +171,8 @@ def play(
         for player in game.players
     }  # fmt: skip
     contest, started = Contest(), time.perf_counter()
+    suspected: set[str] = set()
+    said: set[str] = set()
     log = _open(run_dir)
     with (
         torch.random.fork_rng([where] if where.type == "cuda" else []),
@@ -197,10 +199,13 @@ def play(
                     file.write(json.dumps(row) + "\n")
             reporter.epoch(row)
             _check_finite(row)
-            for text in _collapse(row):
-                if text not in contest.collapsed:
-                    contest.collapsed.append(text)
-                    reporter.say(f"epoch {epoch}: {text}")
+            found = _collapse(row)
+            # One epoch may be the start of the training; two in a row are a side that has given up.
+            for kind in (found.keys() & suspected) - said:
+                said.add(kind)
+                contest.collapsed.append(found[kind])
+                reporter.say(f"epoch {epoch}: {found[kind]}")
+            suspected = set(found)
     contest.seconds = time.perf_counter() - started
     if run_dir is not None:
         save_tensors(Path(run_dir) / "checkpoints" / "best", _state(game), {"epoch": epochs})
@@ -267,24 +272,26 @@ def _check_finite(row: Mapping[str, float]) -> None:
         )
 
 
-def _collapse(row: Mapping[str, float]) -> Iterable[str]:
-    """One sentence for each side that has given up, by the means of an epoch."""
+def _collapse(row: Mapping[str, float]) -> dict[str, str]:
+    """Kind -> a sentence, for each side that seems to have given up by the means of an epoch."""
+    found = {}
     accuracy = row.get("accuracy", 0.75)
     if accuracy > _TELLS_ALL:
-        yield (
+        found["discriminator wins"] = (
             f"the discriminator tells {accuracy:.0%} of samples from data, so the generator learns "
             "little from it: lower its lr, or normalise it (spectral=True)"
         )
     if row.get("logit_spread", 1.0) < _SAYS_NOTHING:
-        yield (
+        found["discriminator is mute"] = (
             "the discriminator says the same of everything, so the generator learns nothing from "
             "it: raise its lr, or give it more channels"
         )
     if row.get("sample_spread", 1.0) < _ALL_ALIKE:
-        yield (
+        found["samples are alike"] = (
             f"samples vary {row['sample_spread']:.0%} as much as data do: the generator has "
             "collapsed on few of them; lower its lr, or normalise the discriminator"
         )
+    return found
 
 
 def _state(game: Game) -> dict[str, Tensor]:

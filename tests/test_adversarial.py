@@ -211,9 +211,13 @@ def test_a_collapse_of_either_side_is_said_in_one_line_once(capsys):
     assert len(said) == 1
     assert any("tells 100%" in text for text in contest.collapsed)
     healthy = {"epoch": 1.0, "accuracy": 0.7, "logit_spread": 1.0, "sample_spread": 0.9}
-    assert not list(_collapse(healthy))
-    assert "same of everything" in next(iter(_collapse(healthy | {"logit_spread": 0.001})))
-    assert "collapsed on few" in next(iter(_collapse(healthy | {"sample_spread": 0.05})))
+    assert not _collapse(healthy)
+    assert not play(gan(VAE(16, z_dim=2), Stubborn()), bits, epochs=1, progress=False).collapsed
+    assert (
+        "same of everything"
+        in _collapse(healthy | {"logit_spread": 0.001})["discriminator is mute"]
+    )
+    assert "collapsed on few" in _collapse(healthy | {"sample_spread": 0.05})["samples are alike"]
 
 
 # --- what the games learn ------------------------------------------------------------------------
