@@ -79,6 +79,8 @@ DEFAULTS: Mapping[str, Any] = {
     "binarize": None,
     "transform": None,
     "labels": None,
+    "data_size": None,
+    "data_unreadable": "stop",
     "epochs": 150,
     "batch_size": 64,
     "optimizer": "adam",
@@ -99,6 +101,8 @@ _LATER = (
     "alternate",
     "checkpoint_every",
     "keep_checkpoints",
+    "data_size",
+    "data_unreadable",
     "labels",
     "on_nan",
 )  # older runs lack them
@@ -330,7 +334,12 @@ def data_of(config: Config) -> Dataset:
     from pvae.data import load as load_data
 
     return load_data(
-        config["data"], binarize=config["binarize"], transform=config["transform"], seed=0
+        config["data"],
+        binarize=config["binarize"],
+        transform=config["transform"],
+        size=config.get("data_size"),
+        unreadable=config.get("data_unreadable", "stop"),
+        seed=0,
     )
 
 

@@ -28,7 +28,7 @@ from pvae.particles import parameters
 ROOT = Path(__file__).parents[1]
 X_DIM, SIZE, K = 6, 5, 3
 SMALL = {"hidden": (8,), "z_dim": 2, "num_components": 3, "num_classes": 3, "num_topics": 3,
-         "widths": (3, 2), "z_dims": (3, 2), "prior_components": 3,
+         "image_shape": (2, 3), "widths": (3, 2), "z_dims": (3, 2), "prior_components": 3,
          "skip_padding": False}  # fmt: skip
 # Options under which a model is another program, walked like a model of its own.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,8 @@ def example(model: nn.Module, size: int = SIZE) -> Any:
 def build_guide(name: str, model: nn.Module, batch: Any) -> nn.Module:
     torch.manual_seed(4)
     known = {
-        "x_dim": X_DIM, "latents": model.latents, "model": model, "example_batch": batch,
+        "x_dim": X_DIM, "latents": model.latents, "model": model, "image_shape": (2, 3),
+        "example_batch": batch,
         "x_mean": torch.zeros(X_DIM), "x_scale": torch.ones(X_DIM), "hidden": (8,),
     }  # fmt: skip
     return construct(GUIDES[name], known)

@@ -521,8 +521,8 @@ def test_missing_and_unknown_files(tmp_path):
 
 
 BAD_OPTIONS = [
-    ("mnits", {}, "'mnits' is neither a named data set nor the path of a .npz, .npy, .csv or .txt "
-     "file: did you mean 'mnist'?"),
+    ("mnits", {}, "'mnits' is neither a named data set, a folder of images nor the path of a .npz, "
+     ".npy, .csv or .txt file: did you mean 'mnist'?"),
     ("digits", {"binarize": "dinamic"}, "unknown binarize 'dinamic': did you mean 'dynamic'?"),
     ("digits", {"transform": "logits"}, "unknown transform 'logits': did you mean 'logit'?"),
     ("digits", {"transform": "logit,dequantize"}, "is out of order, expected each step once and in "

@@ -16,6 +16,25 @@ SETTINGS = {
     "em_is_vi.py": {"passes": 3},
     "music.py": {"data": "scales", "epochs": 3, "z_dim": 4, "hidden": 8, "num_particles": 4},
     "text.py": {"data": "grammar", "epochs": 2, "hidden": 8, "num_test": 20, "num_particles": 5},
+    "images.py": {
+        "data": "digits",
+        "rows": 64,
+        "epochs": (1, 1, 1),
+        "z_dim": 2,
+        "test": 4,
+        "num_particles": 2,
+        "num_pictures": 4,
+    },
+    "vae_gan.py": {
+        "data": "digits",
+        "rows": 128,
+        "vae_epochs": 1,
+        "gan_epochs": 1,
+        "z_dim": 2,
+        "num_samples": 40,
+        "ais_data": 2,
+        "ais_temperatures": 3,
+    },
 }
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
+from pvae.data.images import cifar10, omniglot
 from pvae.data.sequences import SEQUENCES
 from pvae.data.sprites import sprites, sprites_32
 from pvae.errors import DataError
@@ -238,12 +239,14 @@ def _unpack(path: Path, width: int) -> Arrays:
 SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
     sorted(
         {
+            "cifar-10": cifar10,
             "digits": digits,
             "fashion-mnist": fashion_mnist,
             "mnist": mnist,
             "mnist-static": mnist_static,
             "sprites": sprites,
             "sprites-32": sprites_32,
+            "omniglot": omniglot,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
             **{name: _single_cell(name) for name in _SINGLE_CELL},
             **SEQUENCES,
