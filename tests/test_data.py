@@ -512,7 +512,7 @@ def test_missing_and_unknown_files(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match=r"folder\.csv is not a file"):
         load(tmp_path / "folder.csv")
-    with pytest.raises(DataError, match=r"ends in '\.pkl', expected \.npz, \.npy or \.csv"):
+    with pytest.raises(DataError, match=r"ends in '\.pkl', expected \.npz, \.npy, \.csv or \.txt"):
         load(tmp_path / "a.pkl")
     np.save(tmp_path / "a.npy", ROWS)
     (tmp_path / "a.npy").rename(tmp_path / "a.npz")
