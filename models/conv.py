@@ -50,6 +50,8 @@ class Conv(nn.Module):
         OptionError: An option that cannot be, or features that are no image of that shape.
     """
 
+    train_defaults = {"guide": "conv"}
+
     def __init__(
         self,
         x_dim: int,
