@@ -82,6 +82,8 @@ def _picture(run: Run, findings: Sequence[Finding]) -> Any:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("epoch")
         axes.axvline(run.best_epoch, color="0.7", linestyle=":", zorder=0)
+        if keys[0] in ("beta", "lr"):
+            axes.set_ylim(bottom=0)
         if len(keys) > 1:
             axes.legend(frameon=False)
         shown = sorted(row[keys[-1]] for row in run.history if keys[-1] in row)
