@@ -35,7 +35,8 @@ scalars = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=12),
     st.sampled_from(["1e3", "0x10", ".nan", "-.inf", "~", "yes", "[", "{",
-                     "!!python/name:os.system", "../../etc", "vae", "gausian", "1e-3", "NaN", "08", "1_000", "2026-11-25"]),
+                     "!!python/name:os.system", "../../etc", "vae",
+                     "gausian", "1e-3", "NaN", "08", "1_000", "2026-11-25"]),
 )  # fmt: skip
 values = st.recursive(
     scalars,
