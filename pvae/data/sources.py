@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
 from pvae.data.sequences import SEQUENCES
-from pvae.data.sprites import sprites, sprites_32
+from pvae.data.sprites import sprites, sprites_32, sprites_video
 from pvae.errors import DataError
 
 __all__ = ["SOURCES", "sources"]
@@ -244,6 +244,7 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
             "mnist-static": mnist_static,
             "sprites": sprites,
             "sprites-32": sprites_32,
+            "sprites-video": sprites_video,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
             **{name: _single_cell(name) for name in _SINGLE_CELL},
             **SEQUENCES,

@@ -1,0 +1,94 @@
+r"""Posteriors of videos that keep something and change something.
+
+    q(f, z | x) = Normal(f; a(x)) prod_t Normal(z_t; b_t(x))
+
+``a`` is a function of the mean, over frames and over places in a frame, of convolutional features.
+``b_t`` reads frame t alone (the factorised posterior of Li & Mandt 2018), or, with ``context``,
+what a recurrent network makes of the whole video in both directions (their full posterior, without
+its dependence on ``f``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
+
+from pvae.errors import OptionError, ProgramError
+from pvae.networks import MLP
+from pvae.recurrent import LSTM
+
+__all__ = ["DisentangledSequence"]
+
+
+class DisentangledSequence(nn.Module):
+    """A Gaussian for ``f`` from all frames, one for each ``z_t`` from its frame or from all.
+
+    Args:
+        model: A model of videos with sites ``f`` and ``z`` that states its ``frame_shape``.
+        channels: Channels after each halving of height and width.
+        hidden: Width of the layer of each frame.
+        context: Let ``z_t`` see the other frames.
+
+    Raises:
+        OptionError: there are no channels.
+        ProgramError: the model is none of such videos.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        channels: Sequence[int] = (16, 32, 64),
+        hidden: int = 128,
+        context: bool = False,
+    ) -> None:
+        super().__init__()
+        latents = getattr(model, "latents", {})
+        if set(latents) != {"f", "z"} or not hasattr(model, "frame_shape"):
+            raise ProgramError(
+                f"the disentangled_sequence guide is for videos with the sites f and z, and those "
+                f"of {type(model).__name__} are {', '.join(latents) or 'none'}: use the gaussian "
+                "guide"
+            )
+        if not channels or min(channels) < 1:
+            raise OptionError(f"channels are one or more numbers from 1 up, got {tuple(channels)}")
+        self.frame_shape, self.length = model.frame_shape, model.length
+        layers, width = [], self.frame_shape[0]
+        for size in channels:
+            layers += [nn.Conv2d(width, size, 3, stride=2, padding=1), nn.SiLU()]
+            width = size
+        self.convolutions = nn.Sequential(*layers)
+        sides = [math.ceil(side / 2 ** len(channels)) for side in self.frame_shape[1:]]
+        (f_dim,), (_, z_dim) = latents["f"], latents["z"]
+        self.static = MLP(width, 2 * f_dim, (hidden,), activation_name="silu")
+        self.frame = nn.Linear(width * math.prod(sides), hidden)
+        self.reader = (
+            LSTM(hidden, hidden // 2, batch_first=True, bidirectional=True) if context else None
+        )
+        self.dynamic = nn.Linear(hidden // 2 * 2 if context else hidden, 2 * z_dim)
+
+    def forward(self, x: Tensor) -> None:
+        """Sample ``f`` and ``z`` given ``x`` of shape ``(B, x_dim)``."""
+        with pyro.plate("data", len(x), dim=-1):
+            for name, posterior in self.posterior(x).items():
+                pyro.sample(name, posterior)
+
+    def posterior(self, x: Tensor) -> dict[str, Any]:
+        """``q(f | x)`` and ``q(z | x)``: batch shape ``(B,)``, events ``(f_dim,)``, ``(T, z_dim)``."""
+        maps = self.convolutions(x.reshape(-1, *self.frame_shape))
+        look = maps.mean((-2, -1)).reshape(len(x), self.length, -1).mean(1)
+        frames = silu(self.frame(maps.flatten(1))).reshape(len(x), self.length, -1)
+        if self.reader is not None:
+            frames, _ = self.reader(frames)
+        return {"f": _normal(self.static(look), 1), "z": _normal(self.dynamic(frames), 2)}
+
+
+def _normal(output: Tensor, event_dims: int) -> Any:
+    loc, raw = output.chunk(2, -1)
+    return dist.Normal(loc, softplus(raw) + 1e-4).to_event(event_dims)
