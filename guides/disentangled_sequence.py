@@ -2,7 +2,7 @@ r"""Posteriors of videos that keep something and change something.
 
     q(f, z | x) = Normal(f; a(x)) prod_t Normal(z_t; b_t(x))
 
-``a`` is a function of the mean, over frames and over places in a frame, of convolutional features.
+``a`` is a function of convolutional features, their mean over frames of the maximum over places.
 ``b_t`` reads frame t alone (the factorised posterior of Li & Mandt 2018), or, with ``context``,
 what a recurrent network makes of the whole video in both directions (their full posterior, without
 its dependence on ``f``).
@@ -32,7 +32,7 @@ class DisentangledSequence(nn.Module):
     Args:
         model: A model of videos with sites ``f`` and ``z`` that states its ``frame_shape``.
         channels: Channels after each halving of height and width.
-        hidden: Width of the layer of each frame.
+        width: Width of the layer of each frame.
         context: Let ``z_t`` see the other frames.
 
     Raises:
@@ -45,7 +45,7 @@ class DisentangledSequence(nn.Module):
         model: Any,
         *,
         channels: Sequence[int] = (16, 32, 64),
-        hidden: int = 128,
+        width: int = 128,
         context: bool = False,
     ) -> None:
         super().__init__()
@@ -59,19 +59,21 @@ class DisentangledSequence(nn.Module):
         if not channels or min(channels) < 1:
             raise OptionError(f"channels are one or more numbers from 1 up, got {tuple(channels)}")
         self.frame_shape, self.length = model.frame_shape, model.length
-        layers, width = [], self.frame_shape[0]
+        layers, before = [], self.frame_shape[0]
         for size in channels:
-            layers += [nn.Conv2d(width, size, 3, stride=2, padding=1), nn.SiLU()]
-            width = size
+            layers += [nn.Conv2d(before, size, 3, stride=2, padding=1), nn.SiLU()]
+            before = size
         self.convolutions = nn.Sequential(*layers)
         sides = [math.ceil(side / 2 ** len(channels)) for side in self.frame_shape[1:]]
         (f_dim,), (_, z_dim) = latents["f"], latents["z"]
-        self.static = MLP(width, 2 * f_dim, (hidden,), activation_name="silu")
-        self.frame = nn.Linear(width * math.prod(sides), hidden)
-        self.reader = (
-            LSTM(hidden, hidden // 2, batch_first=True, bidirectional=True) if context else None
+        self.static = nn.Sequential(
+            nn.LayerNorm(before), MLP(before, 2 * f_dim, (width,), activation_name="silu")
         )
-        self.dynamic = nn.Linear(hidden // 2 * 2 if context else hidden, 2 * z_dim)
+        self.frame = nn.Linear(before * math.prod(sides), width)
+        self.reader = (
+            LSTM(width, width // 2, batch_first=True, bidirectional=True) if context else None
+        )
+        self.dynamic = nn.Linear(width // 2 * 2 if context else width, 2 * z_dim)
 
     def forward(self, x: Tensor) -> None:
         """Sample ``f`` and ``z`` given ``x`` of shape ``(B, x_dim)``."""
@@ -81,14 +83,15 @@ class DisentangledSequence(nn.Module):
 
     def posterior(self, x: Tensor) -> dict[str, Any]:
         """``q(f | x)`` and ``q(z | x)``: batch shape ``(B,)``, events ``(f_dim,)``, ``(T, z_dim)``."""
-        maps = self.convolutions(x.reshape(-1, *self.frame_shape))
-        look = maps.mean((-2, -1)).reshape(len(x), self.length, -1).mean(1)
+        maps = self.convolutions((x.reshape(-1, *self.frame_shape) - 0.1) * 4)
+        look = maps.amax((-2, -1)).reshape(len(x), self.length, -1).mean(1)
         frames = silu(self.frame(maps.flatten(1))).reshape(len(x), self.length, -1)
         if self.reader is not None:
             frames, _ = self.reader(frames)
-        return {"f": _normal(self.static(look), 1), "z": _normal(self.dynamic(frames), 2)}
+        # f begins sharp and z blurred: what both could say is then learned by f.
+        return {"f": _normal(self.static(look), -2, 1), "z": _normal(self.dynamic(frames), 0, 2)}
 
 
-def _normal(output: Tensor, event_dims: int) -> Any:
+def _normal(output: Tensor, offset: float, event_dims: int) -> Any:
     loc, raw = output.chunk(2, -1)
-    return dist.Normal(loc, softplus(raw) + 1e-4).to_event(event_dims)
+    return dist.Normal(loc, softplus(raw + offset) + 1e-4).to_event(event_dims)

@@ -26,7 +26,7 @@ class Spectrogram(nn.Module):
     Args:
         model: A model of spectrograms with the site ``z``, as ``models/spectrogram.py``.
         channels: Channels after each halving of the frames.
-        hidden: Width of the layer after the convolutions.
+        width: Width of the layer after the convolutions.
 
     Raises:
         OptionError: there are no channels.
@@ -37,11 +37,7 @@ class Spectrogram(nn.Module):
     unit: Tensor
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        channels: Sequence[int] = (64, 96, 128),
-        hidden: int | Sequence[int] = 256,
+        self, model: Any, *, channels: Sequence[int] = (64, 96, 128), width: int = 256
     ) -> None:
         super().__init__()
         if set(getattr(model, "latents", {})) != {"z"} or not hasattr(model, "decode_length"):
@@ -56,14 +52,13 @@ class Spectrogram(nn.Module):
         self.register_buffer("centre", model.centre.clone())
         self.register_buffer("unit", model.unit.clone())
         layers: list[nn.Module] = []
-        width = self.num_features + 1
+        before = self.num_features + 1
         for size in channels:
-            layers += [nn.Conv1d(width, size, 5, stride=2, padding=2), nn.SiLU()]
-            width = size
-        features = width * math.ceil(self.length / 2 ** len(channels))
-        (wide,) = (hidden,) if isinstance(hidden, int) else hidden
-        layers += [nn.Flatten(), nn.Linear(features, wide), nn.SiLU()]
-        self.body = nn.Sequential(*layers, nn.Linear(wide, 2 * model.z_dim))
+            layers += [nn.Conv1d(before, size, 5, stride=2, padding=2), nn.SiLU()]
+            before = size
+        features = before * math.ceil(self.length / 2 ** len(channels))
+        layers += [nn.Flatten(), nn.Linear(features, width), nn.SiLU()]
+        self.body = nn.Sequential(*layers, nn.Linear(width, 2 * model.z_dim))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> None:
         """Sample ``z`` given ``x`` of shape ``(B, x_dim)`` and its numbers of frames ``(B,)``."""

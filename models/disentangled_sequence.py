@@ -129,7 +129,7 @@ class DisentangledSequence(nn.Module):
         self.decoder = FrameDecoder(f_dim, z_dim, shape[1:], channels)
         self.transition = Transition(z_dim, transition_hidden)
         self.start = nn.Parameter(torch.zeros(z_dim))
-        self.raw_noise = nn.Parameter(torch.tensor(-1.0))
+        self.raw_noise = nn.Parameter(torch.tensor(-3.0))
 
     @property
     def latents(self) -> dict[str, tuple[int, ...]]:

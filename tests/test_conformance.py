@@ -28,7 +28,7 @@ from pvae.particles import parameters
 ROOT = Path(__file__).parents[1]
 X_DIM, SIZE, K = 6, 5, 3
 SMALL = {"hidden": (8,), "z_dim": 2, "num_components": 3, "num_classes": 3, "num_topics": 3,
-         "widths": (3, 2)}  # fmt: skip
+         "widths": (3, 2), "channels": (4, 5)}  # fmt: skip
 # Options under which a model is another program, walked like a model of its own.
 VARIANTS: dict[str, dict[str, Any]] = {
     "conditional.Conditional": {"prior": "conditional", "y_dim": 2},

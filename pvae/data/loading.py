@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pvae.data.audio import has_wavs, read_wav_folder
 from pvae.data.dataset import Dataset, Dequantize, Preprocess, Split
 from pvae.data.files import PARTS, Arrays, read_arrays
 from pvae.data.sources import SOURCES
@@ -48,8 +49,10 @@ def load(
     words (:mod:`pvae.data.text`), padded, as they are in the named sets of text; neither these nor
     the sets of padded sequences are transformed.
 
+    A folder of ``.wav`` files is read as :func:`pvae.data.audio.read_wav_folder` says.
+
     Args:
-        name_or_path: Name, or path of a file.
+        name_or_path: Name, or path of a file or folder.
         binarize: ``"dynamic"`` draws ``Bernoulli(grey)`` anew for every training batch, once for
             valid and test (Burda, Grosse & Salakhutdinov 2016); ``"fixed"`` draws it once for all;
             ``"threshold"`` is ``grey > 0.5``. Grey is the level over the largest one. On data that
@@ -142,6 +145,8 @@ def _read(name_or_path: str | Path, root: str | Path | None) -> tuple[str, Array
             f"{name_or_path!r} is neither a named data set nor the path of a .npz, .npy, .csv or "
             f".txt file: {did_you_mean(name_or_path, SOURCES)}"
         )
+    if has_wavs(path):
+        return path.name, read_wav_folder(path)
     return path.name, read_arrays(path)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pvae.data.audio import fsdd
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
 from pvae.data.sequences import SEQUENCES
@@ -240,6 +241,7 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
         {
             "digits": digits,
             "fashion-mnist": fashion_mnist,
+            "fsdd": fsdd,
             "mnist": mnist,
             "mnist-static": mnist_static,
             "sprites": sprites,
