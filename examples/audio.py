@@ -71,7 +71,7 @@ def load(data: str) -> tuple[dict[str, Any], int]:
         raise pvae.PvaeError(f"{data} holds splits of its own: give a folder without them")
     order = np.random.default_rng(0).permutation(len(arrays["x"]))
     cuts = [math.ceil(0.7 * len(order)), math.ceil(0.8 * len(order))]
-    found = {}
+    found: dict[str, Any] = {}
     for part, rows in zip(("train", "valid", "test"), np.split(order, cuts), strict=True):
         if len(rows) == 0:
             raise pvae.PvaeError(f"{data} holds {len(order)} sounds, expected at least 5: add some")

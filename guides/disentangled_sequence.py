@@ -5,7 +5,9 @@ r"""Posteriors of videos that keep something and change something.
 ``a`` is a function of convolutional features, their mean over frames of the maximum over places.
 ``b_t`` reads frame t alone (the factorised posterior of Li & Mandt 2018), or, with ``context``,
 what a recurrent network makes of the whole video in both directions (their full posterior, without
-its dependence on ``f``).
+its dependence on ``f``). It sees each video of a training batch through one random mixture of its
+colours, and else in grey: so it learns to tell where things are, not what colour they have. Bai et
+al. (2021), Contrastively disentangled sequential VAE, change colours for the same end.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
@@ -59,12 +62,10 @@ class DisentangledSequence(nn.Module):
         if not channels or min(channels) < 1:
             raise OptionError(f"channels are one or more numbers from 1 up, got {tuple(channels)}")
         self.frame_shape, self.length = model.frame_shape, model.length
-        layers, before = [], self.frame_shape[0]
-        for size in channels:
-            layers += [nn.Conv2d(before, size, 3, stride=2, padding=1), nn.SiLU()]
-            before = size
-        self.convolutions = nn.Sequential(*layers)
+        self.looks = _convolutions(self.frame_shape[0], channels)
+        self.places = _convolutions(1, channels)
         sides = [math.ceil(side / 2 ** len(channels)) for side in self.frame_shape[1:]]
+        before = channels[-1]
         (f_dim,), (_, z_dim) = latents["f"], latents["z"]
         self.static = nn.Sequential(
             nn.LayerNorm(before), MLP(before, 2 * f_dim, (width,), activation_name="silu")
@@ -82,14 +83,37 @@ class DisentangledSequence(nn.Module):
                 pyro.sample(name, posterior)
 
     def posterior(self, x: Tensor) -> dict[str, Any]:
-        """``q(f | x)`` and ``q(z | x)``: batch shape ``(B,)``, events ``(f_dim,)``, ``(T, z_dim)``."""
-        maps = self.convolutions((x.reshape(-1, *self.frame_shape) - 0.1) * 4)
+        """``q(f | x)`` and ``q(z | x)``: batch ``(B,)``, events ``(f_dim,)`` and ``(T, z_dim)``."""
+        frames = x.reshape(len(x), self.length, *self.frame_shape)
+        maps = self.looks(4 * frames.flatten(0, 1) - 0.4)
         look = maps.amax((-2, -1)).reshape(len(x), self.length, -1).mean(1)
-        frames = silu(self.frame(maps.flatten(1))).reshape(len(x), self.length, -1)
+        places = _normalized(self.places(_normalized(self._grey(frames).flatten(0, 1))))
+        hidden = silu(self.frame(places.flatten(1))).reshape(len(x), self.length, -1)
         if self.reader is not None:
-            frames, _ = self.reader(frames)
+            hidden, _ = self.reader(hidden)
         # f begins sharp and z blurred: what both could say is then learned by f.
-        return {"f": _normal(self.static(look), -2, 1), "z": _normal(self.dynamic(frames), 0, 2)}
+        return {"f": _normal(self.static(look), -2, 1), "z": _normal(self.dynamic(hidden), 0, 2)}
+
+    def _grey(self, frames: Tensor) -> Tensor:
+        """One channel of ``(B, T, C, H, W)``: a random mixture for each video, or the mean."""
+        weights = torch.ones_like(frames[:, :1, :, :1, :1])
+        if self.training:
+            weights = torch.randn_like(weights)
+        return (frames * weights).mean(2, keepdim=True)
+
+
+def _convolutions(width: int, channels: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for size in channels:
+        layers += [nn.Conv2d(width, size, 3, stride=2, padding=1), nn.SiLU()]
+        width = size
+    return nn.Sequential(*layers)
+
+
+def _normalized(maps: Tensor) -> Tensor:
+    """Maps ``(N, C, h, w)`` of mean zero and variance one over places."""
+    variance, mean = torch.var_mean(maps, (-2, -1), keepdim=True, correction=0)
+    return (maps - mean) * (variance + 1e-5).rsqrt()
 
 
 def _normal(output: Tensor, offset: float, event_dims: int) -> Any:

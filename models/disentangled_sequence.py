@@ -4,10 +4,11 @@ r"""The disentangled sequential VAE: what a video keeps, and what changes from f
     z_t | z_{t-1} ~ Normal(loc(z_{t-1}), diag(scale(z_{t-1})^2)),    z_0 learned
     x_t | f, z_t  ~ Normal(decoder(f, z_t), noise^2)
 
-Li & Mandt (2018), Disentangled sequential autoencoder. Two things differ from theirs: the prior of
-the motion is a chain of first order instead of an LSTM, and ``f`` enters the decoder as a scale and
-a shift of every channel, alike at each place of a frame (Perez et al. 2018, FiLM). Where something
-is drawn is then for ``z_t`` to say, and ``f`` says what it looks like.
+Li & Mandt (2018), Disentangled sequential autoencoder. Two things differ from theirs. The prior of
+the motion is a chain of first order instead of an LSTM. And the decoder is that of Huang & Belongie
+(2017), adaptive instance normalisation: ``z_t`` lays out the channels of a frame, each normalised
+over its places, and ``f`` says how strong every channel is. So ``z_t`` says where something is and
+``f`` what it looks like, from the first step of training on.
 
 All of ``z`` is one latent site ``(T, z_dim)``, scored at all frames at once.
 """
@@ -85,9 +86,15 @@ class FrameDecoder(nn.Module):
             self.layers, looks.split([2 * w for w in self.widths], -1), strict=True
         ):
             scale, shift = look[..., None, None].chunk(2, 1)
-            y = layer(silu(y * (1 + scale) + shift))
+            y = layer(silu(_normalized(y) * (1 + scale) + shift))
         # Sides that are no multiple of 2^n are cut.
         return y[..., : self.shape[1], : self.shape[2]].reshape(*batch, *self.shape)
+
+
+def _normalized(maps: Tensor) -> Tensor:
+    """Maps ``(N, C, h, w)`` of mean zero and variance one over places."""
+    variance, mean = torch.var_mean(maps, (-2, -1), keepdim=True, correction=0)
+    return (maps - mean) * (variance + 1e-5).rsqrt()
 
 
 class DisentangledSequence(nn.Module):
@@ -151,6 +158,6 @@ class DisentangledSequence(nn.Module):
         return GaussianChain(self.transition, self.start, self.length)
 
     def decode(self, f: Tensor, z: Tensor) -> Any:
-        """``p(x | f, z)`` of ``f`` ``(*, f_dim)`` and ``z`` ``(*, T, z_dim)``: events ``(x_dim,)``."""
+        """``p(x | f, z)`` of ``(*, f_dim)`` and ``(*, T, z_dim)``: events ``(x_dim,)``."""
         loc = self.decoder(f, z).flatten(-4)
         return dist.Normal(loc, softplus(self.raw_noise) + _SMALLEST_NOISE).to_event(1)

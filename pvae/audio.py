@@ -111,7 +111,7 @@ class Spectrogram:
         return flat.mT.reshape(*x.shape[:-1], -1, self.size // 2 + 1)
 
     def inverse(self, frames: Tensor, samples: int) -> Tensor:
-        """Complex ``(*, T, size / 2 + 1)`` to the clips ``(*, samples)`` nearest in least squares."""
+        """Complex ``(*, T, size / 2 + 1)`` to the clips ``(*, samples)`` nearest to it."""
         flat = frames.reshape(-1, *frames.shape[-2:]).mT
         window = self._window(frames.real)
         x = torch.istft(flat, self.size, self.hop, window=window, length=samples)

@@ -173,7 +173,7 @@ def test_files_that_cannot_be_used_are_left_out_with_a_sentence(tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF and then nothing of the sort")
     write_wav(tmp_path / "fast.wav", tone(300, 900), 16000)
     write_wav(tmp_path / "short.wav", tone(300, 20), 8000)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="a file is left out") as caught:
         arrays = read_wav_folder(tmp_path)
     said = " | ".join(str(each.message) for each in caught)
     assert len(arrays["x"]) == 3
@@ -235,7 +235,8 @@ def test_shapes_and_what_stands_after_the_end():
     torch.manual_seed(2)
     x, lengths = model(size=50)
     assert (x.shape, lengths.shape) == ((50, 21), (50,))
-    assert int(lengths.min()) >= 1 and int(lengths.max()) <= 7
+    assert int(lengths.min()) >= 1
+    assert int(lengths.max()) <= 7
     past = ~model.mask(lengths)
     assert (x.reshape(50, 7, 3)[past] == -9).all()
     assert (x.reshape(50, 7, 3)[~past] != -9).all()

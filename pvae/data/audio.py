@@ -88,7 +88,7 @@ def read_wav_folder(
         rate: Samples a second; that of most files.
 
     Returns:
-        ``x`` (or ``train``, ``valid``, ``test``) ``(N, samples)``, lengths, perhaps labels, ``rate``.
+        ``x`` (or ``train``, ``valid``, ``test``) ``(N, samples)``, lengths, labels, ``rate``.
 
     Raises:
         DataError: No file is left.

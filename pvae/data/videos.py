@@ -131,14 +131,18 @@ def _read(path: Path, frames: int) -> Video:
     from PIL import Image, ImageSequence
 
     with reading(path, "an animated picture"), Image.open(path) as file:
-        found = []
+        shown, stays = [], []
         for frame in ImageSequence.Iterator(file):
-            found.append(np.asarray(frame.convert("RGB"), dtype=np.uint8))
-            if len(found) == frames:
+            shown.append(np.asarray(frame.convert("RGB"), dtype=np.uint8))
+            stays.append(max(float(frame.info.get("duration", 0)), 1.0))
+            if len(shown) == frames:
                 break
+    # A file holds frames that are alike as one that stays longer.
+    counts = [round(each / min(stays)) for each in stays]
+    found = [frame for frame, count in zip(shown, counts, strict=True) for _ in range(count)]
     if len(found) < frames:
         raise DataError(f"{path} has {len(found)} frames, expected {frames}")
-    return np.ascontiguousarray(np.stack(found).transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(np.stack(found[:frames]).transpose(0, 3, 1, 2))
 
 
 def _pixels(frame: Video, zoom: int) -> NDArray[np.uint8]:
