@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
@@ -14,9 +15,11 @@ from pvae.data import audio as named
 from pvae.data import load
 from pvae.data.audio import read_wav, read_wav_folder, spoken_digits, write_wav
 from pvae.errors import DataError, OptionError, ProgramError
+from pvae.guides.forward_backward import ForwardBackward
 from pvae.guides.spectrogram import Spectrogram as Guide
 from pvae.models.spectrogram import Spectrogram as Model
 from pvae.models.vae import VAE
+from pvae.models.waveform import Waveform
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -298,3 +301,67 @@ def test_programs_that_do_not_fit_say_so():
         Model(6, image_shape=(4, 2))
     with pytest.raises(OptionError, match="channels are"):
         Model(6, channels=())
+
+
+# --- samples, frame by frame ---------------------------------------------------------------------
+
+
+def waveform_pair():
+    torch.manual_seed(1)
+    model = Waveform(20, image_shape=(5, 4), z_dim=2, width=6).double()
+    return model, ForwardBackward(model, hidden=5).double()
+
+
+def test_the_density_of_samples_is_that_of_its_formula():
+    model, guide = waveform_pair()
+    torch.manual_seed(2)
+    x, lengths = model(size=3).detach(), torch.tensor([5, 2, 4])
+    assert x.shape == (3, 20)
+    particles = pvae.draw(model, guide, (x, lengths), 2)
+    z, frames = particles.values["z"], x.reshape(3, 5, 4)
+    normal, expected = torch.distributions.Normal, torch.zeros(2, 3, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        state, before = model.start.expand(2, 2), torch.zeros(2, 4, dtype=torch.float64)
+        for t in range(length):
+            step = normal(*model.transition(state)).log_prob(z[:, row, t]).sum(-1)
+            state = z[:, row, t]
+            loc = model.emission(torch.cat([state, 4 * before], -1))
+            scale = model.loudness(state).exp() + 1e-3
+            step = step + normal(loc, scale).log_prob(frames[row, t]).sum(-1)
+            expected[:, row] += step
+            before = frames[row, t].expand(2, 4)
+    expected = expected - guide.posterior(x, lengths)["z"].log_prob(z)
+    assert (particles.log_weights - expected).abs().max() < 1e-9
+
+
+def test_sounds_generated_and_scored_have_one_density():
+    """What is drawn frame by frame is scored all at once, under the same states."""
+    model, _ = waveform_pair()
+    trace = pyro.poutine.trace(model).get_trace(size=4)
+    x, z = trace.nodes["_RETURN"]["value"], trace.nodes["z"]["value"]
+    drawn = sum(
+        site["fn"].log_prob(site["value"])
+        for name, site in trace.nodes.items()
+        if name.startswith("x_")
+    )
+    again = pyro.poutine.trace(pyro.poutine.condition(model, {"z": z})).get_trace(x)
+    assert torch.allclose(again.nodes["x"]["fn"].log_prob(x), drawn)
+    shuffled = x.reshape(4, 5, 4).flip(1).flatten(1)  # frames that no longer follow each other
+    assert not torch.allclose(again.nodes["x"]["fn"].log_prob(shuffled), drawn)
+
+
+def test_staged_training_of_waveforms_is_eager_training():
+    histories = []
+    for engine in ("eager", "staged"):
+        model, guide = waveform_pair()
+        torch.manual_seed(3)
+        x = waveform_pair()[0](size=16).detach()
+        batch = (x, torch.arange(16) % 5 + 1)
+        run = pvae.fit(
+            model, guide, batch, epochs=2, batch_size=8, engine=engine, lr=1e-2, progress=False
+        )
+        assert run.engine.startswith(engine)
+        histories.append([row["bound"] for row in run.history])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-8)
+    with pytest.raises(OptionError, match="a sound of 20 samples"):
+        Waveform(20, image_shape=(5, 5))
