@@ -31,6 +31,7 @@ from pvae.networks import MLP
 
 __all__ = ["DisentangledSequence"]
 
+_WIDTH = 64  # between a latent vector and the channels
 _SMALLEST_NOISE = 0.01  # of pixels between 0 and 1: two or three grey levels of 256
 
 
@@ -69,8 +70,9 @@ class FrameDecoder(nn.Module):
         self.shape, self.widths = shape, tuple(channels)[::-1]
         sides = (math.ceil(side / 2 ** len(channels)) for side in shape[1:])
         self.start = (self.widths[0], *sides)
-        self.layout = nn.Linear(z_dim, math.prod(self.start))
-        self.look = nn.Linear(f_dim, 2 * sum(self.widths))
+        places, looks = math.prod(self.start), 2 * sum(self.widths)
+        self.layout = MLP(z_dim, places, (_WIDTH,), activation_name="silu")
+        self.look = MLP(f_dim, looks, (_WIDTH,), activation_name="silu")
         outputs = (*self.widths[1:], shape[0])
         self.layers = nn.ModuleList(
             nn.ConvTranspose2d(width, size, 4, 2, 1)
@@ -136,6 +138,7 @@ class DisentangledSequence(nn.Module):
         self.decoder = FrameDecoder(f_dim, z_dim, shape[1:], channels)
         self.transition = Transition(z_dim, transition_hidden)
         self.start = nn.Parameter(torch.zeros(z_dim))
+        self.register_buffer("prior_loc", torch.zeros(f_dim))
         self.raw_noise = nn.Parameter(torch.tensor(-3.0))
 
     @property
@@ -146,9 +149,7 @@ class DisentangledSequence(nn.Module):
     def forward(self, x: Tensor | None = None, size: int = 1) -> Tensor:
         """Score ``x`` of shape ``(B, x_dim)``, or generate ``size`` videos with ``x=None``."""
         with pyro.plate("data", size if x is None else len(x), dim=-1):
-            f = pyro.sample(
-                "f", dist.Normal(torch.zeros_like(self.decoder.look.weight[0]), 1.0).to_event(1)
-            )
+            f = pyro.sample("f", dist.Normal(self.prior_loc, 1.0).to_event(1))
             z = pyro.sample("z", self.chain())
             sampled: Tensor = pyro.sample("x", self.decode(f, z), obs=x)
         return sampled
