@@ -182,7 +182,7 @@ def main(
     epochs: int = 12,
     characters: int = 300,
     f_dim: int = 32,
-    z_dim: int = 6,
+    z_dim: int = 4,
     channels: tuple[int, ...] = (16, 32, 64),
     judge_steps: int = 600,
     count: int = 4,

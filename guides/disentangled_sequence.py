@@ -2,7 +2,7 @@ r"""Posteriors of videos that keep something and change something.
 
     q(f, z | x) = Normal(f; a(x)) prod_t Normal(z_t; b_t(x))
 
-``a`` is a function of convolutional features, their mean over frames of the maximum in each row.
+``a`` is a function of convolutional features, their mean over frames of the maximum over places.
 ``b_t`` reads frame t alone (the factorised posterior of Li & Mandt 2018), or, with ``context``,
 what a recurrent network makes of the whole video in both directions (their full posterior, without
 its dependence on ``f``). It sees each video of a training batch through one random mixture of its
@@ -65,10 +65,10 @@ class DisentangledSequence(nn.Module):
         self.looks = _convolutions(self.frame_shape[0], channels)
         self.places = _convolutions(1, channels)
         sides = [math.ceil(side / 2 ** len(channels)) for side in self.frame_shape[1:]]
-        rows, places = channels[-1] * sides[0], channels[-1] * math.prod(sides)
+        before, places = channels[-1], channels[-1] * math.prod(sides)
         (f_dim,), (_, z_dim) = latents["f"], latents["z"]
         self.static = nn.Sequential(
-            nn.LayerNorm(rows), MLP(rows, 2 * f_dim, (width,), activation_name="silu")
+            nn.LayerNorm(before), MLP(before, 2 * f_dim, (width,), activation_name="silu")
         )
         self.frame = nn.Linear(places, width)
         self.reader = (
@@ -86,13 +86,13 @@ class DisentangledSequence(nn.Module):
         """``q(f | x)`` and ``q(z | x)``: batch ``(B,)``, events ``(f_dim,)`` and ``(T, z_dim)``."""
         frames = x.reshape(len(x), self.length, *self.frame_shape)
         maps = self.looks(4 * frames.flatten(0, 1) - 0.4)
-        look = maps.amax(-1).reshape(len(x), self.length, -1).mean(1)
+        look = maps.amax((-2, -1)).reshape(len(x), self.length, -1).mean(1)
         places = _normalized(self.places(_normalized(self._grey(frames).flatten(0, 1))))
         hidden = silu(self.frame(places.flatten(1))).reshape(len(x), self.length, -1)
         if self.reader is not None:
             hidden, _ = self.reader(hidden)
         # f begins sharp and z blurred: what both could say is then learned by f.
-        return {"f": _normal(self.static(look), -3, 1), "z": _normal(self.dynamic(hidden), 0, 2)}
+        return {"f": _normal(self.static(look), -2, 1), "z": _normal(self.dynamic(hidden), 0, 2)}
 
     def _grey(self, frames: Tensor) -> Tensor:
         """One channel of ``(B, T, C, H, W)``: a random mixture for each video, or the mean."""

@@ -31,7 +31,6 @@ from pvae.networks import MLP
 
 __all__ = ["DisentangledSequence"]
 
-_WIDTH = 64  # between a latent vector and the channels
 _SMALLEST_NOISE = 0.01  # of pixels between 0 and 1: two or three grey levels of 256
 
 
@@ -70,9 +69,8 @@ class FrameDecoder(nn.Module):
         self.shape, self.widths = shape, tuple(channels)[::-1]
         sides = (math.ceil(side / 2 ** len(channels)) for side in shape[1:])
         self.start = (self.widths[0], *sides)
-        places, looks = math.prod(self.start), 2 * sum(self.widths)
-        self.layout = MLP(z_dim, places, (_WIDTH,), activation_name="silu")
-        self.look = MLP(f_dim, looks, (_WIDTH,), activation_name="silu")
+        self.layout = nn.Linear(z_dim, math.prod(self.start))
+        self.look = nn.Linear(f_dim, 2 * sum(self.widths))
         outputs = (*self.widths[1:], shape[0])
         self.layers = nn.ModuleList(
             nn.ConvTranspose2d(width, size, 4, 2, 1)
@@ -120,7 +118,7 @@ class DisentangledSequence(nn.Module):
         *,
         image_shape: tuple[int, ...] | None = None,
         f_dim: int = 32,
-        z_dim: int = 8,
+        z_dim: int = 4,
         channels: Sequence[int] = (16, 32, 64),
         transition_hidden: int = 64,
     ) -> None:
