@@ -128,8 +128,8 @@ def composed(run: pvae.Run, test: Tensor, count: int = 3) -> dict[str, list[Tens
 def main(
     data: str = "jsb",
     epochs: int = 120,
-    z_dim: int = 32,
-    hidden: int = 128,
+    z_dim: int = 64,
+    hidden: int = 200,
     num_particles: int = 200,
     out: str | None = None,
 ) -> None:
@@ -147,14 +147,13 @@ def main(
         model = DeepMarkov(
             length * KEYS, image_shape=(length, KEYS), z_dim=z_dim, transition_hidden=2 * z_dim
         )
-        guide = ForwardBackward(model, hidden=hidden, dropout=0.2)
+        guide = ForwardBackward(model, hidden=hidden, dropout=0.1)
         steps = epochs * -(-len(rolls["train"]) // 20)
-        warm_up = Linear(max(1, steps // 3), start=0.1)
+        warm_up = Linear(min(400, max(1, steps // 2)), start=0.1)
         run = pvae.fit(
             model, guide, rolls["train"], valid=rolls["valid"], preprocess=trim,
-            objective=pvae.vae(beta=warm_up), epochs=epochs, batch_size=20, lr=3e-3,
-            optimizer="adamw", optimizer_options={"weight_decay": 0.02}, lr_schedule="cosine",
-            clip_norm=10.0, engine="eager", run_dir=folder,
+            objective=pvae.vae(beta=warm_up), epochs=epochs, batch_size=20, lr=6e-3,
+            lr_schedule="cosine", clip_norm=10.0, engine="eager", run_dir=folder,
         )  # fmt: skip
         found = judge(run, rolls["test"], num_particles)
         runs.write_json(folder / "results.json", found)

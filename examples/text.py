@@ -197,5 +197,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--num-sentences", type=int, default=6000, help="to train on")
     parser.add_argument("--num-test", type=int, default=300, help="to judge by")
+    parser.add_argument("--num-particles", type=int, default=50, help="of importance sampling")
     parser.add_argument("--out", help="folder to write (runs/example-text-<n>)")
     main(**vars(parser.parse_args()))

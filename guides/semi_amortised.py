@@ -32,7 +32,8 @@ class SemiAmortised(nn.Module):
     and ``log scale += r clip(g') / 2``, each clipped to ±1: no unit of the latents or the data
     enters, and no coordinate moves by more than r standard deviations, where r falls from
     ``step_size`` as one over the square root of the steps taken. The steps are taken at evaluation
-    as well; all particles of a datum share their outcome.
+    as well. Their draws are made of numbers fixed at construction, so that q is one distribution,
+    the same whenever it is asked for; all particles of a datum share it.
 
     Args:
         x_dim: Number of features of a datum.
@@ -50,6 +51,8 @@ class SemiAmortised(nn.Module):
         OptionError: ``steps`` or ``step_size`` is not positive.
         ProgramError: the model does not name its latent sites.
     """
+
+    noise: Tensor
 
     def __init__(
         self,
@@ -86,6 +89,9 @@ class SemiAmortised(nn.Module):
             {name: nn.Linear(width, 2 * math.prod(s)) for name, s in self.latents.items()}
         )
 
+        total = sum(math.prod(shape) for shape in self.latents.values())
+        self.register_buffer("noise", torch.randn(steps, total))
+
     def forward(self, x: Tensor) -> None:
         """Sample every latent site given ``x`` of shape ``(B, x_dim)``."""
         state = self.refined(x)
@@ -112,8 +118,7 @@ class SemiAmortised(nn.Module):
             encoded, state = state, {n: (a.detach(), b.detach()) for n, (a, b) in state.items()}
         with torch.enable_grad():
             for taken in range(self.steps):
-                size = self.step_size / (taken + 1) ** 0.5
-                state = self._step(x, state, size, create_graph=self.through and differentiated)
+                state = self._step(x, state, taken, create_graph=self.through and differentiated)
         if not self.through:
             state = {
                 name: (encoded[name][0] + (loc - encoded[name][0]).detach(),
@@ -122,14 +127,14 @@ class SemiAmortised(nn.Module):
             }  # fmt: skip
         return state
 
-    def _step(self, x: Tensor, state: _State, size: float, *, create_graph: bool) -> _State:
+    def _step(self, x: Tensor, state: _State, taken: int, *, create_graph: bool) -> _State:
         if not create_graph:
             state = {name: (a.detach(), b.detach()) for name, (a, b) in state.items()}
         points = [
             t if t.requires_grad else t.requires_grad_() for pair in state.values() for t in pair
         ]
-        slopes = torch.autograd.grad(self._elbo(x, state), points, create_graph=create_graph)
-        moved = {}
+        slopes = torch.autograd.grad(self._elbo(x, state, taken), points, create_graph=create_graph)
+        moved, size = {}, self.step_size / (taken + 1) ** 0.5
         for index, (name, (loc, log_scale)) in enumerate(state.items()):
             scale = log_scale.exp()
             up, wider = slopes[2 * index], slopes[2 * index + 1]
@@ -139,12 +144,13 @@ class SemiAmortised(nn.Module):
             )
         return moved
 
-    def _elbo(self, x: Tensor, state: _State) -> Tensor:
+    def _elbo(self, x: Tensor, state: _State, taken: int) -> Tensor:
         """The ELBO of two mirrored draws, summed over the data, up to a constant."""
         draws = {}
         entropy = x.new_zeros(())
-        for name, (loc, log_scale) in state.items():
-            step = log_scale.exp() * torch.randn_like(loc)
+        noise = self.noise[taken].split([loc.shape[-1] for loc, _ in state.values()])  # type: ignore[no-untyped-call]
+        for (name, (loc, log_scale)), unit in zip(state.items(), noise, strict=True):
+            step = log_scale.exp() * unit
             z = torch.cat([loc + step, loc - step])
             draws[name] = z.reshape(z.shape[:-1] + torch.Size(self.latents[name]))
             entropy = entropy + log_scale.sum()

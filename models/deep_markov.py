@@ -90,6 +90,8 @@ class DeepMarkov(nn.Module):
         OptionError: no transition or likelihood is called so, or the shape does not fit.
     """
 
+    train_defaults = {"guide": "forward_backward"}
+
     def __init__(
         self,
         x_dim: int,

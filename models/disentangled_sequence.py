@@ -102,7 +102,8 @@ class DisentangledSequence(nn.Module):
 
     Args:
         x_dim: Numbers in a video, ``T * C * H * W``.
-        image_shape: ``(T, C, H, W)``; left out, every number is a frame of one pixel.
+        image_shape: ``(T, C, H, W)``, or ``(T, H, W)`` where it is grey, or ``(T, W)`` where each
+            frame is a row of pixels; left out, every number is a frame of one pixel.
         f_dim: Number of static dimensions.
         z_dim: Number of dimensions of a frame.
         channels: Channels of the decoder before each doubling, widest last.
@@ -111,6 +112,8 @@ class DisentangledSequence(nn.Module):
     Raises:
         OptionError: the shape is no video's, or there are no channels.
     """
+
+    train_defaults = {"guide": "disentangled_sequence"}
 
     def __init__(
         self,
@@ -123,7 +126,9 @@ class DisentangledSequence(nn.Module):
         transition_hidden: int = 64,
     ) -> None:
         super().__init__()
-        shape = (x_dim, 1, 1, 1) if image_shape is None else tuple(image_shape)
+        shape = (x_dim, 1) if image_shape is None else tuple(image_shape)
+        if len(shape) in (2, 3):
+            shape = (shape[0], *((1,) * (4 - len(shape))), *shape[1:])
         if len(shape) != 4 or math.prod(shape) != x_dim or min(shape) < 1:
             raise OptionError(
                 f"image_shape is the (frames, channels, height, width) of a video of {x_dim} "

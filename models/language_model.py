@@ -36,6 +36,8 @@ class LanguageModel(nn.Module):
 
     prior_loc: Tensor
 
+    train_defaults = {"guide": "exact"}
+
     def __init__(
         self,
         x_dim: int,

@@ -69,6 +69,8 @@ class Spectrogram(nn.Module):
         OptionError: the shape does not fit, or there are no channels.
     """
 
+    train_defaults = {"guide": "spectrogram"}
+
     centre: Tensor
     unit: Tensor
 

@@ -37,6 +37,8 @@ class Text(nn.Module):
             cannot be staged.
     """
 
+    train_defaults = {"guide": "text"}
+
     def __init__(
         self,
         x_dim: int,

@@ -48,6 +48,8 @@ class VQVAE(nn.Module):
 
     logits: Tensor
 
+    train_defaults = {"guide": "vector_quantised"}
+
     def __init__(
         self,
         x_dim: int,

@@ -60,6 +60,8 @@ class Waveform(nn.Module):
         OptionError: the shape does not fit.
     """
 
+    train_defaults = {"guide": "forward_backward"}
+
     def __init__(
         self,
         x_dim: int,

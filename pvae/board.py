@@ -197,19 +197,34 @@ def _continuous(task: Task, schedule: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def _networks(board: str, schedule: Mapping[str, Any]) -> dict[str, Entry]:
-    def vae(title: str, objective: str, particles: int | None = None, **model: Any) -> Entry:
+    def vae(
+        title: str,
+        objective: str,
+        particles: int | None = None,
+        programs: Mapping[str, str] | None = None,
+        **model: Any,
+    ) -> Entry:
         options = {} if particles is None else {"num_particles": particles}
         return title, {
             "objective": objective,
             "objective_options": options,
             "model_options": model,
             "likelihood": "bernoulli" if board == "binary" else "gaussian",
+            **(programs or {}),
         }
 
     if "passes" in schedule:
+        layers = {"model": "two_layer", "guide": "bottom_up"}
+        vamp: dict[str, Any] = {"prior": "vamp", "prior_components": 500}
         return {
             "vae-elbo": vae("VAE, ELBO", "vae"),
+            "vae-iwae-5": vae("VAE, IWAE-5", "iwae", 5),
             "vae-iwae-50": vae("VAE, IWAE-50", "iwae", 50),
+            "vae-dreg-50": vae("VAE, IWAE-50 DReG", "dreg", 50),
+            "vae-flow": vae("VAE, flow posterior", "vae", programs={"guide": "flow"}),
+            "vae-vamp": vae("VAE, VampPrior", "vae", programs={"guide": "shared"}, **vamp),
+            "two-layer": vae("two layers, ELBO", "vae", programs=layers),
+            "two-layer-iwae-50": vae("two layers, IWAE-50", "iwae", 50, programs=layers),
         }
     found = {
         "vae-elbo": vae("VAE, ELBO", "vae"),

@@ -214,19 +214,28 @@ def _network(config: Config, dataset: Dataset, folder: Path, part: Path) -> tupl
     return run, f"epoch {run.best_epoch} of {len(run.history)}", earlier
 
 
+_PAIR = {"model": "vae", "guide": "gaussian"}  # unless a cell names others
+
+
 def _run_config(config: Config, dataset: Dataset) -> dict[str, Any]:
     """The configuration of the run, as ``pvae train`` would have written it."""
-    training, model = config["training"], dict(config["model_options"])
-    guide = {"hidden": model["hidden"], "activation": model["activation"]}
+    training = config["training"]
+    names = {role: config.get(role, default) for role, default in _PAIR.items()}
+    offered = {
+        role: catalogue.option_names(catalogue.find(role, name).factory)
+        for role, name in names.items()
+    }
+    given = config["model_options"] | {"likelihood": config["likelihood"]}
+    model = {key: value for key, value in given.items() if key in offered["model"]}
+    guide = {key: given[key] for key in ("hidden", "activation") if key in offered["guide"]}
     is_long = "passes" in training
     epochs = training["passes"] if is_long else board.num_epochs(training, len(dataset.train))
     return {
         **runs.DEFAULTS,
         **{key: config[key] for key in ("data", "binarize", "transform", "seed", "objective")},
         "objective_options": dict(config["objective_options"]),
-        "model": "vae",
-        "model_options": model | {"likelihood": config["likelihood"]},
-        "guide": "gaussian",
+        **names,
+        "model_options": model,
         "guide_options": guide,
         "epochs": epochs,
         "lr_schedule": "constant" if is_long else "cosine",

@@ -117,10 +117,21 @@ def _fill_train(parser: _Parser) -> None:
 
     option("guide", str, "GUIDE", "likewise")
     option("objective", str, "O", "what is maximised: vae, beta_vae, iwae, dreg, stl, rws, …")
-    option("data", str, "D", "a name from `pvae list`, or a .npy, .npz, .csv or .txt file")
+    option("labels", _or_none(_whole), "N", "how many labels of training data are known; all")
+    option(
+        "data",
+        str,
+        "D",
+        "a name from `pvae list`, a .npy, .npz, .csv or .txt file, or a folder of images",
+    )
     option("binarize", _or_none(str), "HOW", "dynamic, fixed or threshold: grey values to bits")
     option("transform", str, "T", "none, dequantize, logit, standardize; chosen by the data")
-    option("labels", _or_none(_whole), "N", "how many labels of training data are known; all")
+    for name, text in (
+        ("size", "pixels, or HEIGHTxWIDTH, to which a folder's images are resized"),
+        ("unreadable", "stop at a file that is no image, or skip it (default stop)"),
+    ):
+        names = (f"--data-{name}", f"--data.{name}")
+        parser.add_argument(*names, dest=f"data_{name}", type=str, metavar="S", help=text)
     option("epochs", _whole, "N", "passes over the training data")
     option("batch-size", _whole, "N", "data per step")
     option("optimizer", str, "NAME", "one of torch.optim, in small letters")
@@ -366,7 +377,7 @@ def _split_components(argv: Sequence[str]) -> tuple[dict[str, dict[str, str]], l
     for token in tokens:
         option, equals, value = token.partition("=")
         component, dot, name = option.removeprefix("--").partition(".")
-        if not (token.startswith("--") and dot and "/" not in component):
+        if component == "data" or not (token.startswith("--") and dot and "/" not in component):
             rest.append(token)
             continue
         if component not in given:

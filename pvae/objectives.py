@@ -26,6 +26,7 @@ from pvae.particles import (
     Particles,
     arguments,
     check_dreams,
+    draw,
     glance,
     inspect,
     leading_size,
@@ -192,6 +193,7 @@ class Objective:
             )
         if self.gradient.dreams:
             check_dreams(model, batch)
+            self._check_weight_of_dreams(model, guide, batch, layout)
         if self.penalty is not None:
             sites = glance(model, guide, batch, layout)
             self.penalty.check(sites, layout)
@@ -205,6 +207,16 @@ class Objective:
                         f"({name!r}) would differ between the two: use gradient=pathwise"
                     )
         return layout
+
+    def _check_weight_of_dreams(self, model: Any, guide: Any, batch: Any, layout: Layout) -> None:
+        """A guide that never draws what the model dreams of would learn from minus infinity."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            dreams = draw(model, guide, batch, 1, layout=layout, dream=True).dreams
+        if dreams is not None and not bool(torch.isfinite(dreams).all()):
+            raise ObjectiveError(
+                f"the guide gives latents that the model draws no density, so {self.gradient!r} "
+                "cannot teach it by them: use gradient=pathwise or wake_phi"
+            )
 
     def evaluate(
         self,

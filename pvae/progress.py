@@ -40,10 +40,20 @@ class Reporter:
         steps: Steps of an epoch.
         enabled: Show anything at all.
         done: Steps that were taken before.
+        describe: An epoch's row in words.
     """
 
-    def __init__(self, epochs: int, steps: int, *, enabled: bool = True, done: int = 0) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        *,
+        enabled: bool = True,
+        done: int = 0,
+        describe: Callable[[Mapping[str, float]], str] = describe,
+    ) -> None:
         self.epochs, self.steps, self.enabled, self.done = epochs, steps, enabled, done
+        self.describe = describe
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.task: Any = None
@@ -94,13 +104,18 @@ class Reporter:
             self.bar.update(self.task, advance=self.pending, description=text)
             self.pending, self.drawn = 0, now
 
+    def advance(self) -> None:
+        """One step is done, of which nothing is shown."""
+        if self.bar is not None:
+            self.bar.advance(self.task)
+
     def epoch(self, row: Mapping[str, float]) -> None:
         """An epoch is done."""
         epoch = int(row["epoch"])
         if self.bar is not None:
             self.bar.update(self.task, epoch=min(epoch + 1, self.epochs))
         if self.enabled and (epoch % self.line_every == 0 or epoch in (1, self.epochs)):
-            self.say(f"epoch {epoch}/{self.epochs}: {describe(row)}")
+            self.say(f"epoch {epoch}/{self.epochs}: {self.describe(row)}")
 
 
 @contextlib.contextmanager

@@ -79,6 +79,8 @@ DEFAULTS: Mapping[str, Any] = {
     "binarize": None,
     "transform": None,
     "labels": None,
+    "data_size": None,
+    "data_unreadable": "stop",
     "epochs": 150,
     "batch_size": 64,
     "optimizer": "adam",
@@ -99,6 +101,8 @@ _LATER = (
     "alternate",
     "checkpoint_every",
     "keep_checkpoints",
+    "data_size",
+    "data_unreadable",
     "labels",
     "on_nan",
 )  # older runs lack them
@@ -330,7 +334,12 @@ def data_of(config: Config) -> Dataset:
     from pvae.data import load as load_data
 
     return load_data(
-        config["data"], binarize=config["binarize"], transform=config["transform"], seed=0
+        config["data"],
+        binarize=config["binarize"],
+        transform=config["transform"],
+        size=config.get("data_size"),
+        unreadable=config.get("data_unreadable", "stop"),
+        seed=0,
     )
 
 
@@ -504,7 +513,8 @@ def _construct(
     if not source.is_class:
         return source.factory
     wanted = catalogue.option_names(source.factory)
-    filled = {name: known[name] for name in wanted if known.get(name) is not None}
+    offered = [name for name in catalogue.filled_names if name in wanted]
+    filled = {name: known[name] for name in offered if known.get(name) is not None}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")

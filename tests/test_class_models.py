@@ -11,7 +11,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
 import pvae
-from pvae.errors import OptionError, ProgramError
+from pvae.errors import DataError, OptionError, ProgramError
 from pvae.guides.class_conditional import ClassConditional
 from pvae.guides.conditional import Conditional as ConditionalGuide
 from pvae.guides.gaussian import Gaussian
@@ -279,3 +279,29 @@ def test_class_conditional_guide_refuses_a_model_without_a_class():
     model = Conditional(X_DIM, **SMALL)
     with pytest.raises(ProgramError, match="one categorical site"):
         ClassConditional(X_DIM, model.latents, model)
+
+
+def test_command_line_takes_what_suits_the_model(tmp_path, capsys):
+    """The guide and the gradient of ``train_defaults``, and 50 known labels."""
+    from pvae.cli import main
+
+    folder = tmp_path / "run"
+    small = ["--model.hidden", "[8]", "--guide.hidden", "[8]", "--model.z_dim", "2"]
+    command = ["train", "semi_supervised", "--data", "digits", "--labels", "50", "--epochs", "1"]
+    code = main([*command, *small, "--engine", "eager", "--run-dir", str(folder)])
+    assert not code, capsys.readouterr().err
+    run = pvae.load(folder)
+    assert isinstance(run.guide, ClassConditional)
+    assert run.objective.gradient == pvae.gradients.mixed
+    assert run.model.num_classes == 10
+    assert "labels: 50\n" in (folder / "config.yaml").read_text()
+
+
+def test_labels_must_be_there_and_enough():
+    from pvae.runs import batch_for, keep_labels
+
+    with pytest.raises(DataError, match="needs a label for each datum"):
+        batch_for(Conditional(X_DIM, **SMALL), torch.zeros(3, X_DIM), None)
+    with pytest.raises(OptionError, match="labels must be from 0 to the 3"):
+        keep_labels(torch.arange(3), 4)
+    assert keep_labels(torch.arange(3), 0).tolist() == [-1, -1, -1]

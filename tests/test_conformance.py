@@ -28,17 +28,20 @@ from pvae.particles import parameters
 ROOT = Path(__file__).parents[1]
 X_DIM, SIZE, K = 6, 5, 3
 SMALL = {"hidden": (8,), "z_dim": 2, "num_components": 3, "num_classes": 3, "num_topics": 3,
-         "widths": (3, 2), "channels": (4, 5)}  # fmt: skip
+         "image_shape": (2, 3), "widths": (3, 2), "z_dims": (3, 2), "prior_components": 3,
+         "skip_padding": False}  # fmt: skip
 # Options under which a model is another program, walked like a model of its own.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "conditional.Conditional": {"prior": "conditional", "y_dim": 2},
-    "count.Count": {"likelihood": "zero_inflated_negative_binomial"},
-    "gmm_vae.GMMVAE": {"marginal": True},
-    "latent_dirichlet.LatentDirichlet": {"prior": "dirichlet", "decoder": "mixture"},
-    "tabular.Tabular": {
+    "conditional.Conditional variant": {"prior": "conditional", "y_dim": 2},
+    "count.Count variant": {"likelihood": "zero_inflated_negative_binomial"},
+    "gmm_vae.GMMVAE variant": {"marginal": True},
+    "latent_dirichlet.LatentDirichlet variant": {"prior": "dirichlet", "decoder": "mixture"},
+    "tabular.Tabular variant": {
         "columns": ("count", "real", "categorical:3", "positive", "binary", "categorical:2"),
         "robust": True,
     },
+    "vae.VAE sphere": {"prior": "hyperspherical", "z_dim": 3},
+    "vae.VAE vamp": {"prior": "vamp"},
 }
 
 
@@ -53,7 +56,7 @@ def classes(folder: str) -> dict[str, type[nn.Module]]:
 
 
 MODELS, GUIDES = classes("models"), classes("guides")
-WALKED = [*MODELS, *(f"{name} variant" for name in VARIANTS if name in MODELS)]
+WALKED = [*MODELS, *VARIANTS]
 OBJECTIVES = [*catalogue.objectives(), "mixed"]
 COMPILED = ("vae.VAE", "gaussian.Gaussian")
 
@@ -61,20 +64,28 @@ COMPILED = ("vae.VAE", "gaussian.Gaussian")
 def objective(name: str) -> pvae.Objective:
     if name == "mixed":
         return pvae.Objective(gradient=pvae.gradients.mixed, num_particles=2)
-    return catalogue.objectives()[name](num_particles=2)
+    recipe = catalogue.objectives()[name]
+    try:
+        return recipe(num_particles=2)
+    except pvae.PvaeError:  # it groups its particles
+        return recipe()
 
 
 def construct(kind: type[nn.Module], known: dict[str, Any]) -> nn.Module:
     """By name, as the command line fills a constructor from what is known of the data."""
     takes = inspect.signature(kind).parameters
-    return kind(**{key: value for key, value in known.items() if key in takes})
+    return kind(**{k: _like(v, takes[k].default) for k, v in known.items() if k in takes})
+
+
+def _like(value: Any, default: Any) -> Any:
+    """One width where a constructor takes one, a list of widths where it takes several."""
+    return value[0] if isinstance(value, tuple) and isinstance(default, int) else value
 
 
 def build_model(name: str) -> nn.Module:
     torch.manual_seed(3)
-    plain, _, variant = name.partition(" ")
-    options = VARIANTS[plain] if variant else {}
-    return construct(MODELS[plain], {"x_dim": X_DIM, **SMALL, **options})
+    plain = name.partition(" ")[0]
+    return construct(MODELS[plain], {"x_dim": X_DIM, **SMALL, **VARIANTS.get(name, {})})
 
 
 def example(model: nn.Module, size: int = SIZE) -> Any:
@@ -86,7 +97,8 @@ def example(model: nn.Module, size: int = SIZE) -> Any:
 def build_guide(name: str, model: nn.Module, batch: Any) -> nn.Module:
     torch.manual_seed(4)
     known = {
-        "x_dim": X_DIM, "latents": model.latents, "model": model, "example_batch": batch,
+        "x_dim": X_DIM, "latents": model.latents, "model": model, "image_shape": (2, 3),
+        "example_batch": batch,
         "x_mean": torch.zeros(X_DIM), "x_scale": torch.ones(X_DIM), "hidden": (8,),
     }  # fmt: skip
     return construct(GUIDES[name], known)
@@ -118,12 +130,18 @@ def fits(model_name: str, guide_name: str) -> bool:
     return not isinstance(_built(model_name, guide_name), str)
 
 
-def prepared(name: str, model: nn.Module, guide: nn.Module, batch: Any) -> Any:
-    goal = objective(name)
-    try:
-        return goal, goal.prepare(model, guide, batch)
-    except pvae.PvaeError as error:
-        pytest.skip(f"{name} refuses the pair: {error}")
+def moves(
+    name: str, goal: Any, layout: Any, model: nn.Module, guide: nn.Module, batch: Any
+) -> None:
+    """One evaluation and its gradient: finite, and some of it reaches the model."""
+    loss = goal.evaluate(model, guide, batch, layout=layout)
+    assert loss.bound.shape == (SIZE,), name
+    assert torch.isfinite(loss.loss), name
+    weights = parameters(model, guide, batch)
+    found = torch.autograd.grad(loss.loss, list(weights.values()), allow_unused=True)
+    moved = {key: g for key, g in zip(weights, found, strict=True) if g is not None}
+    assert all(torch.isfinite(gradient).all() for gradient in moved.values()), name
+    assert any(key.startswith("model.") and bool(g.any()) for key, g in moved.items()), name
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -135,7 +153,7 @@ def test_the_folders_are_found():
     assert {"vae.VAE", "tabular.Tabular", "semi_supervised.SemiSupervised"} <= set(MODELS)
     assert {"gaussian.Gaussian", "exact.Exact", "masked.Masked"} <= set(GUIDES)
     assert {"vae", "iwae", "rws"} <= set(OBJECTIVES)
-    assert set(VARIANTS) <= set(MODELS)
+    assert {name.partition(" ")[0] for name in VARIANTS} <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", WALKED)
@@ -203,21 +221,18 @@ class TestPairs:
             torch.manual_seed(1)
             assert torch.equal(pvae.draw(*other, batch, K).log_weights, expected)
 
-    @pytest.mark.parametrize("name", OBJECTIVES)
-    def test_objective_moves_the_model(self, model_name, guide_name, name):
+    def test_every_objective_that_takes_the_pair_moves_the_model(self, model_name, guide_name):
         model, guide, batch = pair(model_name, guide_name)
-        goal, layout = prepared(name, model, guide, batch)
-        loss = goal.evaluate(model, guide, batch, layout=layout)
-        assert loss.bound.shape == (SIZE,)
-        assert torch.isfinite(loss.loss)
-        loss.loss.backward()
-        moved = {
-            key: parameter.grad
-            for key, parameter in parameters(model, guide, batch).items()
-            if parameter.grad is not None
-        }
-        assert all(torch.isfinite(gradient).all() for gradient in moved.values())
-        assert any(key.startswith("model.") and bool(g.any()) for key, g in moved.items())
+        taken = 0
+        for name in OBJECTIVES:
+            goal = objective(name)
+            try:
+                layout = goal.prepare(model, guide, batch)
+            except pvae.PvaeError:
+                continue
+            moves(name, goal, layout, model, guide, batch)
+            taken += 1
+        assert taken >= 2
 
 
 def representatives() -> list[tuple[str, str]]:

@@ -512,7 +512,7 @@ def test_missing_and_unknown_files(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match=r"folder\.csv is not a file"):
         load(tmp_path / "folder.csv")
-    with pytest.raises(DataError, match=r"ends in '\.pkl', expected \.npz, \.npy or \.csv"):
+    with pytest.raises(DataError, match=r"ends in '\.pkl', expected \.npz, \.npy, \.csv or \.txt"):
         load(tmp_path / "a.pkl")
     np.save(tmp_path / "a.npy", ROWS)
     (tmp_path / "a.npy").rename(tmp_path / "a.npz")
@@ -521,8 +521,8 @@ def test_missing_and_unknown_files(tmp_path):
 
 
 BAD_OPTIONS = [
-    ("mnits", {}, "'mnits' is neither a named data set nor the path of a .npz, .npy, .csv or .txt "
-     "file: did you mean 'mnist'?"),
+    ("mnits", {}, "'mnits' is neither a named data set, a folder of images nor the path of a .npz, "
+     ".npy, .csv or .txt file: did you mean 'mnist'?"),
     ("digits", {"binarize": "dinamic"}, "unknown binarize 'dinamic': did you mean 'dynamic'?"),
     ("digits", {"transform": "logits"}, "unknown transform 'logits': did you mean 'logit'?"),
     ("digits", {"transform": "logit,dequantize"}, "is out of order, expected each step once and in "

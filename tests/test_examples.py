@@ -32,6 +32,25 @@ SETTINGS = {
         "count": 1,
     },
     "text.py": {"data": "grammar", "epochs": 2, "hidden": 8, "num_test": 20, "num_particles": 5},
+    "images.py": {
+        "data": "digits",
+        "rows": 64,
+        "epochs": (1, 1, 1),
+        "z_dim": 2,
+        "test": 4,
+        "num_particles": 2,
+        "num_pictures": 4,
+    },
+    "vae_gan.py": {
+        "data": "digits",
+        "rows": 128,
+        "vae_epochs": 1,
+        "gan_epochs": 1,
+        "z_dim": 2,
+        "num_samples": 40,
+        "ais_data": 2,
+        "ais_temperatures": 3,
+    },
 }
 
 

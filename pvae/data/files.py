@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from pvae.errors import DataError
 
-__all__ = ["PARTS", "Arrays", "read_amat", "read_arrays", "read_idx", "reading"]
+__all__ = ["FORMATS", "PARTS", "Arrays", "read_amat", "read_arrays", "read_idx", "reading"]
 
 Arrays = dict[str, NDArray[Any]]
 
+FORMATS = (".csv", ".npy", ".npz")
 PARTS = ("train", "valid", "test")
 _LABELS = {"labels": "labels", "y": "labels"} | {
     f"{part}_{suffix}": f"{part}_labels" for part in PARTS for suffix in ("labels", "y")

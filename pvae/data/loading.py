@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pvae.data.audio import has_wavs, read_wav_folder
 from pvae.data.dataset import Dataset, Dequantize, Preprocess, Split
-from pvae.data.files import PARTS, Arrays, read_arrays
+from pvae.data.files import FORMATS, PARTS, Arrays, read_arrays
+from pvae.data.images import read_image_folder
 from pvae.data.sources import SOURCES
 from pvae.data.tensors import all_finite, locate, to_tensor
 from pvae.data.text import read_lines, sentences
@@ -35,10 +36,12 @@ def load(
     transform: str | None = None,
     valid_fraction: float | None = None,
     test_fraction: float | None = None,
+    size: Sequence[int] | int | str | None = None,
+    unreadable: str = "stop",
     seed: int = 0,
     root: str | Path | None = None,
 ) -> Dataset:
-    """Load a named data set (:func:`sources`) or a user's array or text file.
+    """Load a named data set (:func:`sources`), a user's array or text file, or a folder of images.
 
     An array file (``.npz``, ``.npy`` or ``.csv``) holds ``x`` of shape ``(N, ...)``, or an ``.npz``
     its own ``train``, ``test`` and perhaps ``valid``; labels are ``labels`` or ``y``, and
@@ -64,6 +67,9 @@ def load(
             binary data, dequantize for whole numbers from 0 up (below 65536), else standardize.
         valid_fraction: Share of the rows for validation where the set has no such split; 0.1.
         test_fraction: Share of the rows for test where the set has no such split; 0.2.
+        size: ``(height, width)``, ``"HxW"`` or one number, to which the images of a folder are
+            resized; see :func:`pvae.data.images.read_image_folder`.
+        unreadable: ``"stop"`` at a file of a folder that is no image, or ``"skip"`` it.
         seed: Seed of the split and of all fixed noise.
         root: Cache folder of downloaded sets; ``~/.cache/pvae``. ``$PVAE_DATA`` is searched first.
 
@@ -80,7 +86,7 @@ def load(
         name, arrays = path.name, _read_text(path, valid_fraction, test_fraction, seed)
         valid_fraction = test_fraction = None
     else:
-        name, arrays = _read(name_or_path, root)
+        name, arrays = _read(name_or_path, root, size, unreadable)
     rows = _Rows.of(name, arrays).split(valid_fraction, test_fraction, seed)
     if "padding" in arrays:
         if steps or binarize is not None:
@@ -135,18 +141,27 @@ def _check_options(
     return steps
 
 
-def _read(name_or_path: str | Path, root: str | Path | None) -> tuple[str, Arrays]:
+def _read(
+    name_or_path: str | Path,
+    root: str | Path | None,
+    size: Sequence[int] | int | str | None,
+    unreadable: str,
+) -> tuple[str, Arrays]:
     source = SOURCES.get(str(name_or_path))
+    path = Path(name_or_path).expanduser()
+    if source is None and size is None and has_wavs(path):
+        return path.name, read_wav_folder(path)
+    if source is None and path.is_dir() and path.suffix.lower() not in FORMATS:
+        return path.name, read_image_folder(path, size, unreadable=unreadable)
+    if size is not None:
+        raise OptionError(f"size={size!r} is for a folder of images, not for {name_or_path}")
     if source is not None:
         return str(name_or_path), source(root)
-    path = Path(name_or_path).expanduser()
     if isinstance(name_or_path, str) and not path.suffix and len(path.parts) < 2:
         raise OptionError(
-            f"{name_or_path!r} is neither a named data set nor the path of a .npz, .npy, .csv or "
-            f".txt file: {did_you_mean(name_or_path, SOURCES)}"
+            f"{name_or_path!r} is neither a named data set, a folder of images nor the path of a "
+            f".npz, .npy, .csv or .txt file: {did_you_mean(name_or_path, SOURCES)}"
         )
-    if has_wavs(path):
-        return path.name, read_wav_folder(path)
     return path.name, read_arrays(path)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pvae.data.audio import fsdd
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
+from pvae.data.images import cifar10, omniglot
 from pvae.data.sequences import SEQUENCES
 from pvae.data.sprites import sprites, sprites_32, sprites_video
 from pvae.errors import DataError
@@ -239,6 +240,7 @@ def _unpack(path: Path, width: int) -> Arrays:
 SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
     sorted(
         {
+            "cifar-10": cifar10,
             "digits": digits,
             "fashion-mnist": fashion_mnist,
             "fsdd": fsdd,
@@ -247,6 +249,7 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
             "sprites": sprites,
             "sprites-32": sprites_32,
             "sprites-video": sprites_video,
+            "omniglot": omniglot,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
             **{name: _single_cell(name) for name in _SINGLE_CELL},
             **SEQUENCES,
