@@ -782,7 +782,11 @@ def _check_widths(sources: Mapping[str, Array]) -> None:
 
 
 def _images(x: Array, shape: Sequence[int]) -> Array:
-    """``(n, D)`` to ``(n, H, W)`` or ``(n, H, W, 3)``."""
+    """``(n, D)`` to ``(n, H, W)`` or ``(n, H, W, 3)``; the frames of a video side by side."""
+    if len(shape) == 4 and math.prod(shape) == x.shape[1]:
+        frames, channels, height, width = shape
+        x = np.moveaxis(x.reshape(-1, *shape), 1, 3).reshape(len(x), -1)
+        shape = (channels, height, frames * width)
     if math.prod(shape) != x.shape[1] or len(shape) not in (2, 3):
         raise DataError(f"{x.shape[1]} features do not make up an image of shape {tuple(shape)}")
     images = x.reshape(len(x), *shape)
@@ -794,6 +798,8 @@ def _images(x: Array, shape: Sequence[int]) -> Array:
 
 
 def _aspect(shape: Sequence[int]) -> float:
+    if len(shape) == 4:
+        return shape[2] / (shape[0] * shape[3])
     sizes = shape[-2:] if len(shape) == 2 or shape[0] in (1, 3) else shape[:2]
     return sizes[0] / sizes[1]
 

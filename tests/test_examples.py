@@ -15,6 +15,22 @@ SETTINGS = {
     "custom_objective.py": {"epochs": 2},
     "em_is_vi.py": {"passes": 3},
     "music.py": {"data": "scales", "epochs": 3, "z_dim": 4, "hidden": 8, "num_particles": 4},
+    "audio.py": {
+        "data": "chirps",
+        "epochs": 2,
+        "z_dim": 3,
+        "channels": (4,),
+        "num_particles": 3,
+        "count": 2,
+    },
+    "video.py": {
+        "data": "squares",
+        "epochs": 2,
+        "z_dim": 2,
+        "channels": (4, 6),
+        "judge_steps": 5,
+        "count": 1,
+    },
     "text.py": {"data": "grammar", "epochs": 2, "hidden": 8, "num_test": 20, "num_particles": 5},
     "images.py": {
         "data": "digits",

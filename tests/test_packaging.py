@@ -27,6 +27,7 @@ FLOORS = [
         "precision",
     },
     {
+        "audio",
         "networks",
         "distributions",
         "families",

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pvae.data.audio import has_wavs, read_wav_folder
 from pvae.data.dataset import Dataset, Dequantize, Preprocess, Split
 from pvae.data.files import FORMATS, PARTS, Arrays, read_arrays
 from pvae.data.images import read_image_folder
@@ -50,6 +51,8 @@ def load(
     A ``.txt`` file holds one sentence a line, its words apart by spaces. Sentences are numbers of
     words (:mod:`pvae.data.text`), padded, as they are in the named sets of text; neither these nor
     the sets of padded sequences are transformed.
+
+    A folder of ``.wav`` files is read as :func:`pvae.data.audio.read_wav_folder` says.
 
     Args:
         name_or_path: Name, or path of a file or folder.
@@ -146,6 +149,8 @@ def _read(
 ) -> tuple[str, Arrays]:
     source = SOURCES.get(str(name_or_path))
     path = Path(name_or_path).expanduser()
+    if source is None and size is None and has_wavs(path):
+        return path.name, read_wav_folder(path)
     if source is None and path.is_dir() and path.suffix.lower() not in FORMATS:
         return path.name, read_image_folder(path, size, unreadable=unreadable)
     if size is not None:

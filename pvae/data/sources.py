@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pvae.data.audio import fsdd
 from pvae.data.downloads import Remote, find, provide
 from pvae.data.files import PARTS, Arrays, read_amat, read_arrays, read_idx, reading
 from pvae.data.images import cifar10, omniglot
 from pvae.data.sequences import SEQUENCES
-from pvae.data.sprites import sprites, sprites_32
+from pvae.data.sprites import sprites, sprites_32, sprites_video
 from pvae.errors import DataError
 
 __all__ = ["SOURCES", "sources"]
@@ -242,10 +243,12 @@ SOURCES: Mapping[str, Callable[[str | Path | None], Arrays]] = dict(
             "cifar-10": cifar10,
             "digits": digits,
             "fashion-mnist": fashion_mnist,
+            "fsdd": fsdd,
             "mnist": mnist,
             "mnist-static": mnist_static,
             "sprites": sprites,
             "sprites-32": sprites_32,
+            "sprites-video": sprites_video,
             "omniglot": omniglot,
             **{name: _binary_density(name) for name in _DENSITY_SETS},
             **{name: _single_cell(name) for name in _SINGLE_CELL},

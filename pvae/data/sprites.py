@@ -6,7 +6,8 @@ right) of eight frames: 6^4 x 9 x 8 = 93312 frames. Li & Mandt (2018), Disentang
 autoencoder, whose split by character this is: 1000 to learn from, 296 for test. The last 100 of the
 1000 are valid.
 
-A label is a frame's number in the design; :func:`factors` gives the six factors.
+A label is a frame's number in the design; :func:`factors` gives the six factors. A video is the
+eight frames of a character's action, and its label the number of the first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pvae.data.downloads import find
 from pvae.data.files import Arrays, reading
 from pvae.errors import DataError
 
-__all__ = ["FACTORS", "Layer", "compose", "factors", "sprites", "sprites_32"]
+__all__ = ["FACTORS", "Layer", "compose", "factors", "sprites", "sprites_32", "sprites_video"]
 
 FACTORS: Mapping[str, int] = {
     "body": 6, "bottom": 6, "top": 6, "hair": 6, "action": 9, "frame": 8
@@ -77,6 +78,20 @@ def sprites(root: str | Path | None) -> Arrays:
 def sprites_32(root: str | Path | None) -> Arrays:
     """The figures of sprites at 3x32x32 pixels: means over squares of four, rounded."""
     return _read(root, 2)
+
+
+def sprites_video(root: str | Path | None) -> Arrays:
+    """11664 videos of 8 frames of 3x32x32 pixels, a character's action each; 8100 train, 900, 2664.
+
+    The figures of sprites-32, ``(N, 8, 3, 32, 32)``; no character is in two splits.
+    """
+    arrays: Arrays = {}
+    for name, array in _read(root, 2).items():
+        if name.endswith("_labels"):
+            arrays[name] = array[:: FACTORS["frame"]]
+        else:
+            arrays[name] = array.reshape(-1, FACTORS["frame"], *array.shape[1:])
+    return arrays
 
 
 class Layer(NamedTuple):
