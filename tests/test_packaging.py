@@ -15,8 +15,9 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"contexts", "errors", "inversion", "published", "rewrites", "seeds"},
+    {"contexts", "errors", "inversion", "launchers", "published", "rewrites", "seeds"},
     {
+        "distributed",
         "log_weights",
         "checkpoints",
         "foreign",
@@ -55,7 +56,7 @@ FLOORS = [
     {"guides"},
     {"bounds", "schedules", "penalties"},
     {"gradients", "kl_terms"},
-    {"objectives", "data"},
+    {"objectives", "data", "parts"},
     {"recipes"},
     {"evidence", "baselines"},
     {"imputation", "latents"},
