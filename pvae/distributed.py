@@ -24,7 +24,7 @@ from torch import Tensor
 from pvae.errors import LostRankError, OptionError
 from pvae.launchers import launched
 
-__all__ = ["Group", "agree", "join", "leads", "local_device"]
+__all__ = ["Group", "agree", "join", "local_device"]
 
 _BEAT = 1.0  # seconds between two counts
 _SILENT = 5.0  # a rank that has not counted for so long did not survive a broken connection
@@ -50,6 +50,7 @@ class Group:
         self.rank, self.size, self.device = rank, size, device
         self.asked: int | None = None
         self.heard: int | None = None
+        self._depth = 0
         # NCCL adds on a GPU alone; gloo wherever, and best on the host.
         self._wire = device if dist.get_backend() == "nccl" else torch.device("cpu")
         self._pulse = _Pulse(rank, size, self.share(uuid.uuid4().hex))
@@ -103,17 +104,18 @@ class Group:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Within it, an error that ends this rank is told to the others, who end with it."""
+        if self._depth:
+            yield
+            return
         self._pulse.session += 1
+        self._depth = 1
         try:
             yield
         except BaseException as error:
             self._pulse.end(error)
             raise
-
-
-def leads(group: Group | None) -> bool:
-    """Whether this process writes and prints: rank 0, or one that is alone."""
-    return group is None or group.rank == 0
+        finally:
+            self._depth = 0
 
 
 def agree(group: Group | None, what: str) -> None:

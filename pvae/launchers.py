@@ -6,10 +6,14 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pvae.errors import OptionError
 
-__all__ = ["Launched", "launched"]
+if TYPE_CHECKING:
+    from pvae.distributed import Group
+
+__all__ = ["Launched", "launched", "leads"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched | None:
     if not 0 <= rank < size:
         raise OptionError(f"{keys[0]} is {rank}, expected 0 to {size - 1}: {remedy}")
     return Launched(rank, size, local, given["MASTER_ADDR"], _number(given, "MASTER_PORT"))
+
+
+def leads(group: Group | None) -> bool:
+    """Whether this process writes and prints: rank 0, or one that is alone."""
+    return group is None or group.rank == 0
 
 
 def _number(given: Mapping[str, str], key: str, default: int | None = None) -> int:

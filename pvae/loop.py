@@ -19,11 +19,12 @@ from torch import Tensor
 from pvae.alternation import Alternate, Turns
 from pvae.checkpoints import Saved, newest, save_tensors, set_aside, steps, write_aside
 from pvae.data import num_rows, take
-from pvae.distributed import Group, agree, leads
+from pvae.distributed import Group, agree
 from pvae.engine import METRICS, Problem, Step, metrics, mix, seed_noise, stage
 from pvae.errors import NonFiniteError, OptionError, RunError
 from pvae.evidence.importance import evaluation
 from pvae.interrupts import Interrupts, leave
+from pvae.launchers import leads
 from pvae.objectives import Objective, PyroObjective
 from pvae.particles import named_tensors
 from pvae.parts import cut, own

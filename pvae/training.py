@@ -21,7 +21,7 @@ from pvae.checkpoints import (
     steps,
 )
 from pvae.data import as_batch, num_rows, take
-from pvae.distributed import Group, agree, join, leads, local_device
+from pvae.distributed import Group, agree, join, local_device
 from pvae.engine import (
     ENGINES,
     Problem,
@@ -30,6 +30,7 @@ from pvae.engine import (
 )
 from pvae.errors import OptionError, ProgramError, RunError, did_you_mean
 from pvae.interrupts import Interrupts
+from pvae.launchers import leads
 from pvae.locks import locked
 from pvae.loop import Loop, Run, unwritable
 from pvae.objectives import Objective, PyroObjective, as_objective
@@ -44,7 +45,7 @@ from pvae.resumption import (
 from pvae.schedules import Schedule
 from pvae.trackers import Tracker
 
-__all__ = ["Run", "fit", "lr_schedule"]
+__all__ = ["Run", "device_of", "fit", "lr_schedule"]
 
 
 def fit(
@@ -152,7 +153,7 @@ def fit(
     precision_context(precision)  # refuses a name that it does not know
     folder, every = None if run_dir is None else Path(run_dir), as_every(checkpoint_every)
     _check_run(folder, resume=resume, keep=keep_checkpoints)
-    where = local_device(_device(device))
+    where = device_of(device)
     _check_on_nan(on_nan, where)
     group = join(where)
     pieces = _check_parts(parts, batch_size, goal, engine, group)
@@ -331,17 +332,21 @@ def _check_alternate(plan: Alternate | None, optimizer: Any, valid: Any) -> None
         )
 
 
-def _device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
+def device_of(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one, and ``cuda`` that of this process.
+
+    Raises:
+        OptionError: There is no such device.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device {name!r} cannot be used ({reason}): try 'cpu'") from None
-    return device
+    return local_device(device)
 
 
 def _check_all_supports(layout: Layout, data: Any) -> None:

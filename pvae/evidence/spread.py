@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -82,11 +84,11 @@ def _joined(
         part: estimator(model, guide, take(batch, rows), *args, seed=mix(seed, -5, part), **options)
         for part, rows in own(group, blocks)
     }
-    columns = [_column(group, blocks, found, name) for name in _COLUMNS]
+    columns = {name: _column(group, blocks, found, name) for name in _COLUMNS}
     words = _words(group, len(blocks), found)
-    kind, method, most = words[0][:3]
-    methods = None if words[0][3] is None else tuple(m for word in words for m in word[3])
-    return Evidence(*columns, int(most), kind, method, methods)
+    methods = [word.pop("methods") for word in words]
+    joined = None if methods[0] is None else tuple(itertools.chain.from_iterable(methods))
+    return Evidence(**columns, **words[0], methods=joined)
 
 
 def _column(group: Any, blocks: Any, found: dict[int, Evidence], name: str) -> Tensor:
@@ -99,16 +101,10 @@ def _column(group: Any, blocks: Any, found: dict[int, Evidence], name: str) -> T
     return whole if group is None else group.sum([whole])[0]
 
 
-def _words(group: Any, count: int, found: dict[int, Evidence]) -> list[Any]:
-    """Kind, method, number of particles and methods of each part."""
-    import json
-
-    own_words = {
-        part: (each.kind, each.method, each.num_particles, each.methods)
-        for part, each in found.items()
-    }
-    texts = [json.dumps(own_words)]
-    if group is not None:
-        texts = group.gather(texts[0])
-    merged = {int(part): words for text in texts for part, words in json.loads(text).items()}
-    return [merged[part] for part in range(count)]
+def _words(group: Any, count: int, found: dict[int, Evidence]) -> list[dict[str, Any]]:
+    """What is no number per datum, for each part."""
+    names = ("kind", "method", "num_particles", "methods")
+    mine = {part: {name: getattr(each, name) for name in names} for part, each in found.items()}
+    texts = [json.dumps(mine)] if group is None else group.gather(json.dumps(mine))
+    all_parts = {int(part): words for text in texts for part, words in json.loads(text).items()}
+    return [all_parts[part] for part in range(count)]
