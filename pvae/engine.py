@@ -16,6 +16,7 @@ a run.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pvae.data import take
+from pvae.data import is_streamed, num_rows, take
 from pvae.distributed import Group
 from pvae.errors import NonFiniteError, OptionError, did_you_mean
 from pvae.objectives import Loss, Objective, PyroObjective
@@ -326,12 +327,17 @@ class Staged:
     ) -> None:
         if record and problem.device.type != "cuda":
             raise StagingError(f"a CUDA graph needs a CUDA device, and this is {problem.device}")
-        self.problem, self.reason = problem, reason
+        self.reason = reason
         self.name = "cudagraph" if record else "compiled" if compiled else "staged"
         self.batch, self.in_parts = len(index), problem.parts > 1
         index = index[: part_rows(len(index), problem.parts)]
         self.rows = len(index)
         self.eager = Eager(problem)
+        self.streamed = is_streamed(problem.data)
+        if self.streamed:  # the graph sees one batch, into which the rows are read
+            problem = dataclasses.replace(problem, data=take(problem.data, index))
+            index = torch.arange(self.rows, device=index.device)
+        self.problem, self.whole = problem, self.eager.problem
         self.tensors = list(problem.parameters.values())
         # Operation by operation, torch's own fused update is quicker than the graph's; and parts
         # are added before they are clipped, judged and taken.
@@ -394,7 +400,8 @@ class Staged:
 
     def _verify(self, index: Tensor, before: list[Tensor]) -> None:
         """The graph against the program on other rows and noise: nothing may have been baked in."""
-        problem, other = self.problem, (index + 1) % self.problem.num_data
+        problem = self.problem
+        other = (index + 1) % num_rows(problem.data)
         self._restore(before)
         with torch.random.fork_rng(_cuda(problem.device)):
             seed_noise(problem.device, problem.seed, -7)
@@ -427,7 +434,7 @@ class Staged:
         Raises:
             NonFiniteError: a loss or gradient is not finite; the parameters are unchanged.
         """
-        problem = self.problem
+        problem = self.whole
         if self.in_parts:
             return step_in_parts(problem, self.gradients, index, step, beta)
         if len(index) != self.rows:
@@ -438,7 +445,7 @@ class Staged:
         self._fill(beta, problem.optimizer.param_groups[0]["lr"])
         problem.seed_noise(step)
         with torch.no_grad():
-            found, *gradients = self.run(*self.inputs, index)
+            found, *gradients = self.run(*self.inputs, self._ready(index))
         if problem.device.type == "cpu" and not bool(found[5]):
             raise problem.diagnose(index, step, beta)
         if self.update is None:
@@ -446,6 +453,17 @@ class Staged:
         self.taken += 1
         sums: Tensor = found[:4]
         return sums
+
+    def _ready(self, index: Tensor) -> Tensor:
+        """The rows as the graph counts them; those in a file are read."""
+        if not self.streamed:
+            return index
+        leaves = torch.utils._pytree.tree_leaves
+        for window, rows in zip(
+            leaves(self.problem.data), leaves(take(self.whole.data, index)), strict=True
+        ):
+            window.copy_(rows)
+        return torch.arange(self.rows, device=index.device)
 
     def gradients(
         self, index: Tensor, beta: float
@@ -455,7 +473,7 @@ class Staged:
             return self.eager.gradients(index, beta)
         self._fill(beta, 0.0)
         with torch.no_grad():
-            found, *gradients = self.run(*self.inputs, index)
+            found, *gradients = self.run(*self.inputs, self._ready(index))
         by_tensor = dict(zip(map(id, self.used), gradients, strict=True))
         finite = torch.where(found[5] > 0, 0.0, torch.nan)
         return found[:4], finite, [by_tensor.get(id(tensor)) for tensor in self.tensors]

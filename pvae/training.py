@@ -80,9 +80,10 @@ def fit(
 ) -> Run:
     """Train a model and a guide together on data.
 
-    Data lie on the device and batches are gathered by index; their order and all noise come from
-    ``(seed, step)`` alone, and the caller's random streams are left untouched. Every reported bound
-    is a mean over data, in nats per datum.
+    Data lie on the device and batches are gathered by index; arrays that are mapped from a file
+    (``numpy.memmap``) stay there, and each process reads the rows of its own parts. The order of
+    the data and all noise come from ``(seed, step)`` alone, and the caller's random streams are
+    left untouched. Every reported bound is a mean over data, in nats per datum.
 
     In a process of several (started by ``torchrun``, ``srun`` or Ray Train, see
     :func:`pvae.distributed.join`) each takes its parts of every batch, and all of them together the
@@ -160,8 +161,10 @@ def fit(
     with contextlib.ExitStack() as stack:
         if group is not None:
             stack.enter_context(group.working())
-        data = as_batch(train, device=where, model=model)
-        held_out = None if valid is None else as_batch(valid, device=where, model=model)
+        data = as_batch(train, device=where, model=model, streams=True)
+        held_out = valid
+        if valid is not None:
+            held_out = as_batch(valid, device=where, model=model, streams=True)
         total = num_rows(data)
         for program in (model, guide):
             module = module_of(program)
@@ -353,7 +356,7 @@ def _check_all_supports(layout: Layout, data: Any) -> None:
     args, kwargs = arguments(data)
     entries: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     for name, (key, support) in layout.supports.items():
-        if key in entries:
+        if isinstance(entries.get(key), torch.Tensor):  # rows in a file are not all read
             check_support(name, support, entries[key])
 
 

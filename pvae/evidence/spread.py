@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.data import as_batch, num_rows, take
+from pvae.data import as_batch, num_rows, share
 from pvae.distributed import Group, join, local_device
 from pvae.errors import OptionError
 from pvae.evidence.importance import Evidence, importance
@@ -78,13 +78,13 @@ def _joined(
     seed: int,
     options: dict[str, Any],
 ) -> Evidence:
-    batch = as_batch(x, model=model)
+    batch = as_batch(x, model=model, streams=True)
     blocks = cut(torch.arange(num_rows(batch)), parts)
-    found = {
-        part: estimator(model, guide, take(batch, rows), *args, seed=mix(seed, -5, part), **options)
-        for part, rows in own(group, blocks)
-    }
-    columns = {name: _column(group, blocks, found, name) for name in _COLUMNS}
+    found = {}
+    for part, rows in own(group, blocks):
+        data = share(batch, int(rows[0]), int(rows[-1]) + 1)
+        found[part] = estimator(model, guide, data, *args, seed=mix(seed, -5, part), **options)
+    columns: dict[str, Any] = {n: _column(group, blocks, found, n) for n in _COLUMNS}
     words = _words(group, len(blocks), found)
     methods = [word.pop("methods") for word in words]
     joined = None if methods[0] is None else tuple(itertools.chain.from_iterable(methods))
