@@ -135,7 +135,30 @@ def equalities(parts: int | None, folder: Path) -> dict[str, Tensor]:
             "elbo", subsample=False, parts=parts, epochs=epochs, valid=x[:33], patience=3,
             run_dir=folder / "halves", checkpoint_every="5 steps", resume=epochs == 4,
         )  # fmt: skip
+    found["interrupted"] = interrupted(parts, folder / "interrupted")
     return found | evidence(parts)
+
+
+def interrupted(parts: int | None, folder: Path) -> Tensor:
+    """The training called ``valid``, of which one rank is told to stop at its seventh batch."""
+    options: dict[str, Any] = {
+        "subsample": False, "parts": parts, "epochs": 4, "valid": data()[:33], "patience": 3,
+        "run_dir": folder, "checkpoint_every": "1 epoch",
+    }  # fmt: skip
+    batches = iter(range(10**6))
+
+    def preprocess(x: Tensor) -> Tensor:
+        if next(batches) == 7 and os.environ.get("RANK", "1") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return x
+
+    try:
+        train("elbo", preprocess=preprocess, **options)
+    except SystemExit as stop:
+        if stop.code != 128 + signal.SIGTERM:
+            raise
+        return train("elbo", resume=True, **options)
+    raise AssertionError("it was not interrupted")
 
 
 def evidence(parts: int | None) -> dict[str, Tensor]:
@@ -146,8 +169,13 @@ def evidence(parts: int | None) -> dict[str, Tensor]:
     return {"evidence": found.log_evidence, "k-hat": found.pareto_k, "ess": found.ess}
 
 
-def _equalities(out: Path) -> dict[str, Tensor]:
-    return equalities(None, out.parent / f"group{os.environ['WORLD_SIZE']}")
+def _equalities(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = equalities(None, out.parent / "group")
+    try:
+        _unfit()
+    except pvae.PvaeError as error:
+        (out.parent / f"unfit-{os.environ['RANK']}").write_text(str(error))
+    return found
 
 
 def _killed(out: Path) -> dict[str, Tensor]:
@@ -161,7 +189,7 @@ def _killed(out: Path) -> dict[str, Tensor]:
     return {"none": train("elbo", subsample=False, epochs=10**5, preprocess=preprocess)}
 
 
-def _unfit(out: Path) -> dict[str, Tensor]:
+def _unfit() -> None:
     """From the third step on one datum is too large, which one rank alone sees."""
     pair, steps = Pair(subsample=False), iter(range(10**6))
     x = data()
@@ -174,7 +202,6 @@ def _unfit(out: Path) -> dict[str, Tensor]:
         pair.model, pair.guide, x, batch_size=N, epochs=9, engine="eager", progress=False,
         device="cpu", preprocess=preprocess,
     )  # fmt: skip
-    return {}
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import distributed_programs as programs
+import numpy as np
 import pyro
 import pytest
 import torch
 
 import pvae
+from pvae.cli import main
 from pvae.errors import OptionError, ProgramError
 from pvae.launchers import Launched, launched
 
@@ -51,14 +54,20 @@ def ends(ranks: list[subprocess.Popen[str]], timeout: float = 200) -> list[tuple
     return [(rank.returncode, error) for rank, error in zip(ranks, errors, strict=True)]
 
 
+STOPPING = "pvae: stopping after this step; again to leave at once"
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same work by two processes, by one in two parts, and what one does in one part."""
     folder = tmp_path_factory.mktemp("group")
     ranks = start("equalities", folder / "two.pt")
     alone = programs.equalities(2, folder / "alone")
-    assert ends(ranks) == [(0, ""), (0, "")]
-    return {"two": torch.load(folder / "two.pt"), "alone": alone}
+    # The one line of a training that is asked to stop.
+    told = [(code, error.replace(STOPPING, "").strip()) for code, error in ends(ranks)]
+    assert told == [(0, ""), (0, "")]
+    unfit = [(folder / f"unfit-{rank}").read_text() for rank in range(2)]
+    return {"two": torch.load(folder / "two.pt"), "alone": alone, "unfit": unfit}
 
 
 PLATES = [f"{objective}, {plate}" for objective in ("elbo", "iwae") for plate in ("len(x)", "N")]
@@ -104,6 +113,11 @@ def test_a_training_resumes_in_a_group(found):
     torch.testing.assert_close(found["two"]["valid"], found["alone"]["valid"])
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(found):
+    for where in ("two", "alone"):
+        assert torch.equal(found[where]["interrupted"], found[where]["valid"])
+
+
 def test_evidence_of_two_processes_is_that_of_one(found):
     for name in ("evidence", "k-hat", "ess"):
         assert len(found["two"][name]) == 1000
@@ -140,11 +154,35 @@ def test_a_killed_rank_ends_the_job_with_its_number(tmp_path, victim):
     assert line.startswith(f"LostRankError: rank {victim} of 2 was lost")
 
 
-def test_all_ranks_say_what_one_rank_found(tmp_path):
-    (code, error), (other, same) = ends(start("unfit", tmp_path / "none.pt"))
-    assert code == other == 70
-    assert error == same
-    assert "data rows 3" in error
+def test_all_ranks_say_what_one_rank_found(found):
+    first, second = found["unfit"]
+    assert first == second
+    assert first.startswith("epoch 2, step 1: model site 'z' has a log density")
+    assert "data rows 3)" in first
+
+
+def test_torchrun_trains_one_run_and_one_rank_speaks(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(90, 3)))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "pvae", "train", "factor_analysis", "--data", tmp_path / "x.npy", "--epochs", "2",
+        "--run-dir", tmp_path / "run", "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=200, check=True
+    )
+    assert job.stdout.count("best epoch") == 1
+    assert job.stderr.count("epoch 2/2") == 1
+    run = pvae.load(tmp_path / "run")
+    assert [row["epoch"] for row in run.history] == [1, 2]
+
+
+def test_commands_for_one_process_are_refused_to_several(monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **MASTER}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["list"]) == 2
+    assert "pvae list is the work of one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
