@@ -24,7 +24,7 @@ from torch import Tensor
 from pvae.errors import LostRankError, OptionError
 from pvae.launchers import launched
 
-__all__ = ["Group", "agree", "join", "local_device"]
+__all__ = ["Group", "agree", "alone", "join", "local_device"]
 
 _BEAT = 1.0  # seconds between two counts
 _SILENT = 5.0  # a rank that has not counted for so long did not survive a broken connection
@@ -53,6 +53,11 @@ class Group:
         self._depth = 0
         # NCCL adds on a GPU alone; gloo wherever, and best on the host.
         self._wire = device if dist.get_backend() == "nccl" else torch.device("cpu")
+        if dist.get_backend() == "nccl" and device.type != "cuda":
+            raise OptionError(
+                f"the process group speaks NCCL, which adds on GPUs alone, and this is {device}: "
+                "use device='cuda', or a group that speaks gloo"
+            )
         self._pulse = _Pulse(rank, size, self.share(uuid.uuid4().hex))
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -71,6 +76,8 @@ class Group:
             flat = flat.to(self._wire, torch.uint8 if kind == torch.bool else kind)
             with self._pulse.waiting():
                 dist.all_reduce(flat)
+                if flat.is_cuda:  # there it is only asked for
+                    torch.cuda.current_stream(flat.device).synchronize()
             parts = torch.split(flat, [sums[k].numel() for k in places])
             for k, part in zip(places, parts, strict=True):
                 sums[k] = part.view(sums[k].shape).to(sums[k].device, kind)
@@ -136,6 +143,18 @@ def agree(group: Group | None, what: str) -> None:
 
 
 _joined: list[Group] = []  # of the process group there is
+_apart = threading.local()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this process works by itself though a launcher started several."""
+    before = getattr(_apart, "on", False)
+    _apart.on = True
+    try:
+        yield
+    finally:
+        _apart.on = before
 
 
 def join(device: torch.device) -> Group | None:
@@ -149,13 +168,13 @@ def join(device: torch.device) -> Group | None:
         device: Where the tensors of this rank lie.
 
     Returns:
-        The group; ``None`` for a process that is alone.
+        The group; ``None`` for a process that is alone, or within :func:`alone`.
 
     Raises:
         OptionError: The environment is incomplete.
         LostRankError: Some ranks did not come within 5 minutes.
     """
-    if not dist.is_available():
+    if not dist.is_available() or getattr(_apart, "on", False):
         return None
     if not dist.is_initialized():
         place = launched()
@@ -174,6 +193,8 @@ def join(device: torch.device) -> Group | None:
                 f"rank {place.rank} did not meet the other {place.size - 1} at {place.address}, "
                 f"port {place.port} ({_first_line(error)}): start all of them"
             ) from None
+        # From here on the counts say who is lost; a rank may take as long as it needs.
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=7))
         atexit.register(_leave)
     if dist.get_world_size() == 1:
         return None

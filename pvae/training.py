@@ -305,8 +305,8 @@ def _start_alike(group: Group, problem: Problem, batch_size: int, epochs: int, v
     agree(
         group,
         f"{problem.num_data} training and {held_out} validation rows, batch_size={batch_size}, "
-        f"epochs={epochs}, parts={problem.parts}, seed={problem.seed}, {problem.objective!r}, "
-        f"parameters of shapes {shapes}",
+        f"epochs={epochs}, parts={problem.parts}, seed={problem.seed}, "
+        f"{_in_words(problem.objective)}, parameters of shapes {shapes}",
     )
     group.lead([*problem.parameters.values(), *problem.buffers()])
 

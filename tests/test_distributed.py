@@ -101,6 +101,16 @@ def test_a_training_on_two_processes_ends_where_one_does(found, objective):
     assert (found["two"][f"trained {objective}"] - drawn).abs().max() > 1e-3
 
 
+def test_a_last_batch_of_one_row_leaves_a_rank_without_any(found):
+    whole = programs.train("iwae", subsample=False, given=True, rows=49, epochs=3)
+    torch.testing.assert_close(found["two"]["one row left"], whole, rtol=1e-6, atol=1e-9)
+
+
+def test_a_rank_may_work_by_itself(found):
+    whole = programs.train("elbo", subsample=False, epochs=1)
+    assert torch.equal(found["two"]["whole"], whole)
+
+
 def test_a_staged_step_in_parts_is_the_eager_one(found):
     eager = programs.train("iwae", subsample=False, parts=2)
     for where in ("two", "alone"):
