@@ -137,6 +137,7 @@ def _fill_train(parser: _Parser) -> None:
     option(
         "patience", _or_none(_whole), "N", "stop after N epochs without a better validation bound"
     )
+    option("parts", _or_none(_whole), "P", "parts of a batch; one for each process if left out")
     option("seed", _whole, "N", "of parameters, order and noise; the split is fixed")
     option("device", str, "DEVICE", "auto, cpu, cuda, …")
     option("engine", str, "ENGINE", "auto, eager, staged, compiled or cudagraph: how a step is run")

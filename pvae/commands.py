@@ -57,6 +57,7 @@ FIT = (
     "clip_norm",
     "alternate",
     "patience",
+    "parts",
     "seed",
     "device",
     "engine",

@@ -87,6 +87,7 @@ DEFAULTS: Mapping[str, Any] = {
     "clip_norm": None,
     "alternate": None,
     "patience": 20,
+    "parts": None,
     "seed": 0,
     "device": "auto",
     "engine": "auto",
@@ -101,6 +102,7 @@ _LATER = (
     "keep_checkpoints",
     "labels",
     "on_nan",
+    "parts",
 )  # older runs lack them
 
 

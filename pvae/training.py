@@ -34,7 +34,7 @@ from pvae.launchers import leads
 from pvae.locks import locked
 from pvae.loop import Loop, Run, unwritable
 from pvae.objectives import Objective, PyroObjective, as_objective
-from pvae.particles import Layout, arguments, check_support, module_of, parameters
+from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
 from pvae.precision import precision_context
 from pvae.recipes import vae
 from pvae.resumption import (
@@ -308,7 +308,12 @@ def _start_alike(group: Group, problem: Problem, batch_size: int, epochs: int, v
         f"epochs={epochs}, parts={problem.parts}, seed={problem.seed}, "
         f"{_in_words(problem.objective)}, parameters of shapes {shapes}",
     )
-    group.lead([*problem.parameters.values(), *problem.buffers()])
+    tensors = [
+        *problem.parameters.values(),
+        *problem.buffers(),
+        *named_tensors(problem.model, problem.guide).values(),  # those that are frozen too
+    ]
+    group.lead(list({id(tensor): tensor for tensor in tensors}.values()))
 
 
 def _check_on_nan(on_nan: str, device: torch.device) -> None:
