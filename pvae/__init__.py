@@ -26,6 +26,7 @@ _HOME = {
     "compare": "pvae.comparison",
     "data": None,
     "disentanglement": None,
+    "distributed": None,
     "draw": "pvae.particles",
     "dreg": "pvae.recipes",
     "evidence": None,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from pvae import bounds as bounds
     from pvae import data as data
     from pvae import disentanglement as disentanglement
+    from pvae import distributed as distributed
     from pvae import evidence as evidence
     from pvae import galleries as galleries
     from pvae import gradients as gradients

@@ -314,13 +314,14 @@ def _seal_is_whole(text: bytes) -> bool:
 
 
 def fingerprint(batch: Any) -> str:
-    """SHA-256 of tensors: their types, shapes and bytes."""
+    """SHA-256 of tensors: their types, shapes and bytes; of rows in a file, those of a few."""
     import torch
     from torch.utils import _pytree
 
     digest = hashlib.sha256()
     for tensor in _pytree.tree_leaves(batch):
-        flat = tensor.detach().cpu().contiguous()
-        digest.update(f"{flat.dtype} {tuple(flat.shape)} ".encode())
+        rows: Any = tensor if isinstance(tensor, torch.Tensor) else tensor.outline()
+        flat = rows.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -30,6 +30,7 @@ from pvae import (
     sweep_commands,
 )
 from pvae.errors import OptionError, PvaeError, did_you_mean
+from pvae.launchers import launched
 
 __all__ = ["main"]
 
@@ -147,6 +148,7 @@ def _fill_train(parser: _Parser) -> None:
     option(
         "patience", _or_none(_whole), "N", "stop after N epochs without a better validation bound"
     )
+    option("parts", _or_none(_whole), "P", "parts of a batch; one for each process if left out")
     option("seed", _whole, "N", "of parameters, order and noise; the split is fixed")
     option("device", str, "DEVICE", "auto, cpu, cuda, …")
     option("engine", str, "ENGINE", "auto, eager, staged, compiled or cudagraph: how a step is run")
@@ -593,6 +595,9 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
 }
 
 
+_SHARED = ("train", "evaluate")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line.
 
@@ -634,7 +639,23 @@ def _dispatch(words: Sequence[str]) -> None:
     name = words[0]
     if name not in made:
         raise OptionError(f"no command is called {name!r}: {did_you_mean(name, made)}")
-    _COMMANDS[name][0](words[1:], made[name])
+    place = launched()
+    if place is None:
+        _COMMANDS[name][0](words[1:], made[name])
+        return
+    if name not in _SHARED:
+        raise OptionError(
+            f"pvae {name} is the work of one process, and this is one of {place.size}: only "
+            f"{' and '.join(_SHARED)} can be shared by torchrun or srun"
+        )
+    # torch would add a page of its own to the line that says which rank was lost
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with contextlib.ExitStack() as stack:
+        if place.rank:
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            warnings.showwarning = lambda *_, **__: None
+        _COMMANDS[name][0](words[1:], made[name])
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from pvae import __version__, catalogue, roster, runs
 from pvae.errors import DataError, OptionError, ProgramError, RunError
+from pvae.launchers import launched, leads
 
 if TYPE_CHECKING:
     from pvae.board import Cell
     from pvae.comparison import Board
     from pvae.data import Dataset
+    from pvae.distributed import Group
     from pvae.roster import Entry
     from pvae.training import Run
 
@@ -55,6 +57,7 @@ FIT = (
     "clip_norm",
     "alternate",
     "patience",
+    "parts",
     "seed",
     "device",
     "engine",
@@ -132,15 +135,21 @@ def train(config: dict[str, Any], programs: Programs, run_dir: str | None) -> No
     """
     name = f"{programs.model.name}-{Path(str(config['data'])).stem}".replace("_", "-")
     final = Path(run_dir) if run_dir else runs.next_folder(name)
-    with runs.begin(final), _resumable(final):
+    with _grouped(config) as group, contextlib.ExitStack() as stack:
+        if group is not None:
+            final = Path(group.share(str(final)))
+        if leads(group):
+            stack.enter_context(runs.begin(final))
+            stack.enter_context(_resumable(final))
         dataset = load_data(config)
         say(dataset.description())
         with threads(dataset):
             chosen = choose_likelihood(config, programs, dataset)
             if chosen is not None:
                 say(f"likelihood {chosen}, for {dataset.kind} data (--model.likelihood changes it)")
-            run = _fit(config, programs, dataset, final)
-        _finish_train(config, run, dataset, final)
+            run = _fit(config, programs, dataset, final, writes=leads(group))
+        if leads(group):
+            _finish_train(config, run, dataset, final)
 
 
 def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
@@ -157,7 +166,10 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
     from pvae.locks import locked
     from pvae.resumption import refuse_difference
 
-    with locked(folder), _resumable(folder):
+    with _grouped(config) as group, contextlib.ExitStack() as stack:
+        if leads(group):
+            stack.enter_context(locked(folder))
+            stack.enter_context(_resumable(folder))
         before = runs.read_config(folder)
         dataset = load_data(config)
         refuse_difference(
@@ -169,10 +181,22 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
         say(dataset.description())
         done = len(runs.history(folder, torn=True))
         with threads(dataset):
-            run = _fit(config, programs, dataset, folder, before=before)
-        _finish_train(config, run, dataset, folder)
+            run = _fit(config, programs, dataset, folder, before=before, writes=leads(group))
+        if leads(group):
+            _finish_train(config, run, dataset, folder)
     if len(run.history) == done:
         say(f"{folder} was finished already: a larger --epochs or --patience goes on with it")
+
+
+@contextlib.contextmanager
+def _grouped(config: Mapping[str, Any]) -> Iterator[Group | None]:
+    """The processes that a launcher started for this command; ``None`` without one."""
+    from pvae.distributed import join
+    from pvae.training import device_of
+
+    group = join(device_of(config["device"]))
+    with contextlib.nullcontext() if group is None else group.working():
+        yield group
 
 
 def _finish_train(config: Mapping[str, Any], run: Run, dataset: Dataset, folder: Path) -> None:
@@ -204,10 +228,12 @@ def _fit(
     *,
     before: Mapping[str, Any] | None = None,
     progress: bool = True,
+    writes: bool = True,
 ) -> Run:
     """Train into ``folder``: ``config.yaml``, pair, fit; what was chosen is added to ``config``.
 
-    With ``before``, the configuration of a run in ``folder``, that run goes on.
+    With ``before``, the configuration of a run in ``folder``, that run goes on. A process that does
+    not write trains with one that does.
     """
     from pvae.checkpoints import save_tensors
     from pvae.doctor import Doctor
@@ -221,13 +247,15 @@ def _fit(
     moments = runs.statistics(dataset)
     resumed = before is not None
     model, guide = runs.pair(config, about | moments, folder=folder if resumed else None)
-    folder.mkdir(parents=True, exist_ok=True)
-    if programs.takes(*moments) and not resumed:
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    if writes and programs.takes(*moments) and not resumed:
         save_tensors(folder / "checkpoints" / "data", moments, {})
     kept = {key: config[key] for key in runs.DEFAULTS}
     counted = {"num_parameters": (before or {}).get("num_parameters"), "data_facts": about}
     full = {"pvae": __version__, **kept, **counted}
-    runs.write_config(folder, full, sources=not resumed)
+    if writes:
+        runs.write_config(folder, full, sources=not resumed)
     try:
         run = fit(
             model,
@@ -241,10 +269,10 @@ def _fit(
             **{key: config[key] for key in FIT},
         )
     except RunError:  # nothing has been trained
-        if before is not None:
+        if before is not None and writes:
             runs.write_config(folder, before, sources=False)
         raise
-    if run.num_parameters != full["num_parameters"]:
+    if writes and run.num_parameters != full["num_parameters"]:
         runs.write_config(folder, full | {"num_parameters": run.num_parameters}, sources=False)
     return run
 
@@ -334,7 +362,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     import torch
 
-    evidence, curve = _estimate(arguments, run, split)
+    from pvae.evidence.sweep import tensors_of
+
+    device = next((t.device for t in tensors_of(run.model, run.guide)), "cpu")
+    with _grouped({"device": str(device)}) as group:
+        evidence, curve = _estimate(arguments, run, split, group)
+    if not leads(group):
+        return
     seconds = time.perf_counter() - started
     about = _evidence_facts(evidence, dataset) | {
         "split": arguments.split,
@@ -359,7 +393,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     say(f"wrote {folder}: evidence.json, evidence.nc, figures/evidence.png")
 
 
-def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any, Any]:
+def _estimate(
+    arguments: argparse.Namespace, run: Run, split: Any, group: Group | None
+) -> tuple[Any, Any]:
     """Evidence by the method asked for, on the original scale, and L_k where weights allow it."""
     import torch
 
@@ -372,12 +408,16 @@ def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any,
         raise OptionError(f"--tolerance is for --method auto, got --method {method}: leave one out")
     if arguments.budget is not None and method != "auto":
         raise OptionError(f"--budget is for --method auto, got --method {method}: leave one out")
+
+    def shared(estimator: Any) -> Any:
+        return functools.partial(evidence.in_parts, estimator=estimator) if group else estimator
+
     if arguments.num_temperatures is not None and method not in ("annealed", "smc"):
         raise OptionError(
             f"--num-temperatures is for --method annealed or smc, got --method {method}"
         )
     if method in ("annealed", "smc"):
-        estimator = getattr(evidence, method)
+        estimator = shared(getattr(evidence, method))
         temperatures = arguments.num_temperatures or 1000
         with watched(f"{method}, {temperatures} temperatures") as progress:
             found = estimator(*pair, num_temperatures=temperatures, seed=seed, progress=progress)
@@ -386,16 +426,18 @@ def _estimate(arguments: argparse.Namespace, run: Run, split: Any) -> tuple[Any,
         tolerance = 0.1 if arguments.tolerance is None else arguments.tolerance
         budget = 20_000 if arguments.budget is None else arguments.budget
         with watched("escalating where the error is too large") as progress:
-            found = evidence.auto(
+            found = shared(evidence.auto)(
                 *pair, tolerance=tolerance, budget=budget, seed=seed,
                 num_particles=min(arguments.num_particles, 1000),
                 progress=lambda rung, done, total: progress(done, total),
             )  # fmt: skip
     else:
         with watched(f"importance sampling, K = {arguments.num_particles}") as progress:
-            found = evidence.importance(
+            found = shared(evidence.importance)(
                 *pair, arguments.num_particles, seed=seed, progress=progress
             )
+    if not leads(group):
+        return found.shifted(split.log_det), None
     first = take(batch, torch.arange(min(200, len(split))))
     curve = evidence.measured_curve(run.model, run.guide, first, seed=seed)
     return found.shifted(split.log_det), curve
@@ -899,6 +941,10 @@ def watched(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
+    place = launched()
+    if place is not None and place.rank:
+        yield lambda done, total: None
+        return
     if not console.is_terminal:
         print(title, file=sys.stderr, flush=True)
         yield lambda done, total: None

@@ -16,6 +16,7 @@ a run.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +25,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pvae.data import take
+from pvae.data import is_streamed, num_rows, take
+from pvae.distributed import Group
 from pvae.errors import NonFiniteError, OptionError, did_you_mean
 from pvae.objectives import Loss, Objective, PyroObjective
 from pvae.particles import Layout, module_of
+from pvae.parts import part_rows, step_in_parts
 from pvae.precision import precision_context
 from pvae.seeds import mix, seed_noise
 from pvae.staging import (
@@ -125,6 +128,8 @@ class Problem:
         clip_norm: Largest norm of the whole gradient; ``None`` for no clipping.
         precision: ``"full"``, or ``"bfloat16"`` for linear and convolution layers.
         frozen: Name -> parameter of the programs that the step does not move but others do.
+        parts: Into how many parts a batch is cut, see :mod:`pvae.parts`.
+        group: The processes that share the parts.
     """
 
     model: Any
@@ -141,6 +146,12 @@ class Problem:
     clip_norm: float | None = None
     precision: str = "full"
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: int = 1
+    group: Group | None = None
+
+    def seed_noise(self, step: int, part: int | None = None) -> None:
+        """The noise of a step, or of one part of its batch."""
+        seed_noise(self.device, self.seed, step, *(() if part is None else (part,)))
 
     def loss(self, index: Tensor, beta: Any) -> Loss:
         """The objective on the rows ``index`` of the data."""
@@ -162,10 +173,12 @@ class Problem:
         modules = [m for m in (module_of(self.model), module_of(self.guide)) if m is not None]
         return list({id(b): b for module in modules for b in module.buffers()}.values())
 
-    def diagnose(self, index: Tensor, step: int, beta: Any) -> NonFiniteError:
-        """Repeat a step with the same noise and name what was not finite."""
+    def diagnose(
+        self, index: Tensor, step: int, beta: Any, part: int | None = None
+    ) -> NonFiniteError:
+        """Repeat a step, or a part of it, with the same noise and name what was not finite."""
         where, remedy = f"step {step}", "the parameters are as before the step"
-        seed_noise(self.device, self.seed, step)
+        self.seed_noise(step, part)
         with torch.no_grad():
             particles = self.loss(index, beta).particles
         terms = (
@@ -181,14 +194,14 @@ class Problem:
                         f"{len(rows)} of {len(index)} rows of the batch (data rows {_some(rows)}); "
                         f"{remedy}: look at these data, or lower lr"
                     )
-        names = self._bad_gradients(index, step, beta)
+        self.seed_noise(step, part)
+        names = self._bad_gradients(index, beta)
         return NonFiniteError(
             f"{where}: the gradient of {_some(names) or 'the loss'} is not finite although every "
             f"log density is; {remedy}: clip the gradient (clip_norm) or lower lr"
         )
 
-    def _bad_gradients(self, index: Tensor, step: int, beta: Any) -> list[str]:
-        seed_noise(self.device, self.seed, step)
+    def _bad_gradients(self, index: Tensor, beta: Any) -> list[str]:
         tensors = list(self.parameters.values())
         gradients = torch.autograd.grad(self.loss(index, beta).loss, tensors, allow_unused=True)
         return [
@@ -248,7 +261,9 @@ class Eager:
             NonFiniteError: a loss or gradient is not finite; the parameters are unchanged.
         """
         problem = self.problem
-        seed_noise(problem.device, problem.seed, step)
+        if problem.parts > 1:
+            return step_in_parts(problem, self.gradients, index, step, beta)
+        problem.seed_noise(step)
         loss = problem.loss(index, beta)
         problem.optimizer.zero_grad(set_to_none=True)
         tensors = list(problem.parameters.values())
@@ -263,6 +278,15 @@ class Eager:
             nn.utils.clip_grads_with_norm_(tensors, problem.clip_norm, norm)
         problem.optimizer.step()
         return metrics(loss)
+
+    def gradients(
+        self, index: Tensor, beta: float
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """Those of one part of a batch, see :data:`pvae.parts.Gradients`."""
+        loss = self.problem.loss(index, beta)
+        tensors = list(self.problem.parameters.values())
+        gradients = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
+        return metrics(loss), loss.loss.detach(), gradients
 
     def finish(self) -> None:
         """Nothing is kept apart."""
@@ -303,13 +327,21 @@ class Staged:
     ) -> None:
         if record and problem.device.type != "cuda":
             raise StagingError(f"a CUDA graph needs a CUDA device, and this is {problem.device}")
-        self.problem, self.reason = problem, reason
+        self.reason = reason
         self.name = "cudagraph" if record else "compiled" if compiled else "staged"
+        self.batch, self.in_parts = len(index), problem.parts > 1
+        index = index[: part_rows(len(index), problem.parts)]
         self.rows = len(index)
         self.eager = Eager(problem)
+        self.streamed = is_streamed(problem.data)
+        if self.streamed:  # the graph sees one batch, into which the rows are read
+            problem = dataclasses.replace(problem, data=take(problem.data, index))
+            index = torch.arange(self.rows, device=index.device)
+        self.problem, self.whole = problem, self.eager.problem
         self.tensors = list(problem.parameters.values())
-        # Operation by operation, torch's own fused update is quicker than the graph's.
-        in_graph = compiled or record
+        # Operation by operation, torch's own fused update is quicker than the graph's; and parts
+        # are added before they are clipped, judged and taken.
+        in_graph = (compiled or record) and not self.in_parts
         self.update = _Update.of(problem.optimizer, self.tensors) if in_graph else None
         self.used: list[Tensor] = []
         self.taken = 0 if self.update is None else self.update.steps_taken()
@@ -348,12 +380,14 @@ class Staged:
         squares = [g.detach().square().sum() for g in gradients if g is not None]
         norm = torch.stack(squares).sum().sqrt()
         healthy = torch.isfinite(norm) & torch.isfinite(loss.loss.detach())
-        if self.problem.clip_norm is not None:
+        if self.problem.clip_norm is not None and not self.in_parts:
             factor = (self.problem.clip_norm / (norm + 1e-6)).clamp(max=1)
             gradients = tuple(None if g is None else g * factor for g in gradients)
         found = torch.cat([metrics(loss), norm[None], healthy[None].to(norm.dtype)])
         if self.update is None:
-            if self.problem.device.type != "cpu":  # nobody waits to see whether it is healthy
+            if (
+                self.problem.device.type != "cpu" and not self.in_parts
+            ):  # nobody waits to see whether it is healthy
                 gradients = tuple(
                     None if g is None else torch.where(healthy, g, 0.0) for g in gradients
                 )
@@ -366,7 +400,8 @@ class Staged:
 
     def _verify(self, index: Tensor, before: list[Tensor]) -> None:
         """The graph against the program on other rows and noise: nothing may have been baked in."""
-        problem, other = self.problem, (index + 1) % self.problem.num_data
+        problem = self.problem
+        other = (index + 1) % num_rows(problem.data)
         self._restore(before)
         with torch.random.fork_rng(_cuda(problem.device)):
             seed_noise(problem.device, problem.seed, -7)
@@ -399,16 +434,18 @@ class Staged:
         Raises:
             NonFiniteError: a loss or gradient is not finite; the parameters are unchanged.
         """
-        problem = self.problem
+        problem = self.whole
+        if self.in_parts:
+            return step_in_parts(problem, self.gradients, index, step, beta)
         if len(index) != self.rows:
             self.finish()
             found = self.eager(index, step, beta)
             self.taken += 1
             return found
         self._fill(beta, problem.optimizer.param_groups[0]["lr"])
-        seed_noise(problem.device, problem.seed, step)
+        problem.seed_noise(step)
         with torch.no_grad():
-            found, *gradients = self.run(*self.inputs, index)
+            found, *gradients = self.run(*self.inputs, self._ready(index))
         if problem.device.type == "cpu" and not bool(found[5]):
             raise problem.diagnose(index, step, beta)
         if self.update is None:
@@ -416,6 +453,30 @@ class Staged:
         self.taken += 1
         sums: Tensor = found[:4]
         return sums
+
+    def _ready(self, index: Tensor) -> Tensor:
+        """The rows as the graph counts them; those in a file are read."""
+        if not self.streamed:
+            return index
+        leaves = torch.utils._pytree.tree_leaves
+        for window, rows in zip(
+            leaves(self.problem.data), leaves(take(self.whole.data, index)), strict=True
+        ):
+            window.copy_(rows)
+        return torch.arange(self.rows, device=index.device)
+
+    def gradients(
+        self, index: Tensor, beta: float
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """Those of one part of a batch, see :data:`pvae.parts.Gradients`."""
+        if len(index) != self.rows:
+            return self.eager.gradients(index, beta)
+        self._fill(beta, 0.0)
+        with torch.no_grad():
+            found, *gradients = self.run(*self.inputs, self._ready(index))
+        by_tensor = dict(zip(map(id, self.used), gradients, strict=True))
+        finite = torch.where(found[5] > 0, 0.0, torch.nan)
+        return found[:4], finite, [by_tensor.get(id(tensor)) for tensor in self.tensors]
 
     def _step_outside(self, gradients: Sequence[Tensor]) -> None:
         for tensor, gradient in zip(self.used, gradients, strict=True):
@@ -628,13 +689,16 @@ class Auto:
     def _decide(self, index: Tensor) -> None:
         self.decided = True
         each = sorted(self.times[1:])[self._measured // 2]
+        group = self.problem.group
+        if group is not None:  # all ranks choose alike
+            each = float(group.sum([torch.tensor([each])])[0]) / group.size
         ahead = each * (self.total_steps - len(self.times))
         cost = f"{self.total_steps} steps of {1e3 * each:.1f} ms"
         if ahead < self._staging_pays:
             self.chosen = Eager(self.problem, f"{cost}: staging would not pay")
         else:
             on_cuda = self.problem.device.type == "cuda"  # where launches cost more than the work
-            name = "cudagraph" if on_cuda else "compiled"
+            name = "cudagraph" if on_cuda and self.problem.parts == 1 else "compiled"
             name = name if ahead > self._compiling_pays else "staged"
             self.chosen = stage(name, self.problem, index, self.total_steps, self.say, cost)
             return
@@ -648,7 +712,7 @@ class Auto:
         """What was chosen and for what size of batch, or the times measured so far."""
         if not self.decided:
             return {"times": self.times}
-        rows = self.chosen.rows if isinstance(self.chosen, Staged) else 0
+        rows = self.chosen.batch if isinstance(self.chosen, Staged) else 0
         return {"engine": self.name, "reason": self.reason, "rows": rows}
 
     def restore(self, state: Mapping[str, Any]) -> None:

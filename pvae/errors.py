@@ -9,6 +9,7 @@ prints it as one line and exits with the class's ``exit_code``::
     ├── DataError         data that are missing, malformed or unfit for the model
     ├── OptionError       a name or value that does not exist
     ├── RunError          a run folder that is missing, damaged or of another kind
+    ├── LostRankError     a process of a group that did not answer, which ends the others
     └── NonFiniteError    a NaN or an infinity, stopped before it reached the parameters
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "DataError",
+    "LostRankError",
     "NonFiniteError",
     "ObjectiveError",
     "OptionError",
@@ -57,6 +59,12 @@ class RunError(PvaeError):
     """A run folder that is missing, damaged or of another kind."""
 
     exit_code = 66
+
+
+class LostRankError(PvaeError):
+    """A process of a group that was killed or cut off; the others end with it."""
+
+    exit_code = 75
 
 
 class NonFiniteError(PvaeError):

@@ -19,12 +19,15 @@ from torch import Tensor
 from pvae.alternation import Alternate, Turns
 from pvae.checkpoints import Saved, newest, save_tensors, set_aside, steps, write_aside
 from pvae.data import num_rows, take
-from pvae.engine import METRICS, Problem, Step, metrics, mix, stage
+from pvae.distributed import Group, agree
+from pvae.engine import METRICS, Problem, Step, metrics, mix, seed_noise, stage
 from pvae.errors import NonFiniteError, OptionError, RunError
 from pvae.evidence.importance import evaluation
 from pvae.interrupts import Interrupts, leave
+from pvae.launchers import leads
 from pvae.objectives import Objective, PyroObjective
 from pvae.particles import named_tensors
+from pvae.parts import cut, own
 from pvae.progress import Reporter
 from pvae.resumption import Place, Saver, pack, refuse_difference, unpack
 from pvae.schedules import Schedule
@@ -107,6 +110,11 @@ class Loop:
         return self.problems["joint"]
 
     @property
+    def group(self) -> Group | None:
+        """The processes that share the work; the first of them writes."""
+        return self.problem.group
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches of the training data."""
         return math.ceil(self.problem.num_data / self.batch_size)
@@ -118,6 +126,7 @@ class Loop:
             RunError: It is of another configuration or pair, or all of them are damaged.
         """
         found = newest(root)
+        agree(self.group, f"{found and found[0].name} in {root}")
         if found is None:
             return
         folder, saved = found
@@ -130,7 +139,7 @@ class Loop:
                 f"{self.run.run_dir} has done {self.place.epoch - 1} epochs already: epochs must "
                 f"be at least that, got {self.epochs}"
             )
-        for later in steps(root)[::-1]:
+        for later in steps(root)[::-1] if leads(self.group) else []:
             if later == folder:
                 break
             set_aside(later)  # damaged
@@ -151,7 +160,8 @@ class Loop:
             started: When this process began, by ``time.perf_counter``.
         """
         self.begun = started - self.place.seconds
-        log = _open_metrics(self.run.run_dir, self.run.history)
+        folder = self.run.run_dir if leads(self.group) else None
+        log = _open_metrics(folder, self.run.history)
         try:
             with Reporter(
                 self.epochs, self.steps_per_epoch, enabled=self.progress, done=self.place.step
@@ -163,13 +173,13 @@ class Loop:
             self._restore()
             self.run.seconds, self.run.engine = self.place.seconds, self.place.engine
             self.run.staging_seconds = self.place.staging_seconds
-        if self.run.run_dir is not None:
+        if folder is not None:
             about = {
                 "epoch": self.run.best_epoch,
                 "step": self.place.step,
                 "stopped": self.run.stopped,
             }
-            save_tensors(self.run.run_dir / "checkpoints" / "best", self._state(), about)
+            save_tensors(folder / "checkpoints" / "best", self._state(), about)
         for tracker in self.trackers:
             tracker.finish(self.run)
 
@@ -212,6 +222,8 @@ class Loop:
     def _heed(self) -> None:
         """Between two steps: a checkpoint if it is time for one, and what a signal asks for."""
         number = self.interrupts.number
+        if self.group is not None:  # all ranks stop after the same step
+            number = self.group.heard
         if self.saver is not None and (number is not None or self.saver.is_due(self.place)):
             self._save()
         if number is not None:
@@ -287,6 +299,8 @@ class Loop:
         """One step, or nothing where it is not finite and may be left out."""
         place = self.place
         self._set_lr(place.step)
+        if self.group is not None:
+            self.group.asked = self.interrupts.number
         try:
             beta = float(self.problem.objective.schedule(place.step))
             return self.step(index, place.step, beta)
@@ -324,14 +338,20 @@ class Loop:
             )
 
     def _validate(self) -> dict[str, float]:
-        """The bound of the held-out data at KL weight one, with the same noise each epoch."""
+        """The bound of the held-out data at KL weight one, with the same noise each epoch.
+
+        In parts, each has its own noise, and the ranks share them.
+        """
         problem = self.problem
         sums, total = torch.zeros(len(METRICS), dtype=torch.float64), num_rows(self.valid)
         seed = mix(problem.seed, -3)
         with evaluation(problem.model, problem.guide, seed=seed, device=problem.device):
             rows = torch.arange(total, device=problem.device)
-            for index in torch.split(rows, _EVALUATION_BATCH):
-                if self.interrupts.number is not None:
+            blocks = self._blocks(rows)
+            for number, index in own(self.group, blocks):
+                if problem.parts > 1:
+                    seed_noise(problem.device, seed, number)
+                if self.interrupts.number is not None and self.group is None:
                     self._heed()
                 loss = problem.objective.evaluate(
                     problem.model,
@@ -342,7 +362,14 @@ class Loop:
                     penalise=False,
                 )
                 sums += metrics(loss).double().cpu()
+        if self.group is not None:
+            (sums,) = self.group.sum([sums])
         return _known(zip(METRICS, (sums / total).tolist(), strict=True))
+
+    def _blocks(self, rows: Tensor) -> Sequence[Tensor]:
+        most = torch.split(rows, _EVALUATION_BATCH)
+        shares = cut(rows, self.problem.parts)
+        return most if len(most) >= len(shares) else shares
 
     def _keep_best(self, row: Mapping[str, float]) -> None:
         place = self.place

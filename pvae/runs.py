@@ -89,6 +89,7 @@ DEFAULTS: Mapping[str, Any] = {
     "clip_norm": None,
     "alternate": None,
     "patience": 20,
+    "parts": None,
     "seed": 0,
     "device": "auto",
     "engine": "auto",
@@ -105,6 +106,7 @@ _LATER = (
     "data_unreadable",
     "labels",
     "on_nan",
+    "parts",
 )  # older runs lack them
 
 

@@ -21,6 +21,7 @@ from pvae.checkpoints import (
     steps,
 )
 from pvae.data import as_batch, num_rows, take
+from pvae.distributed import Group, agree, join, local_device
 from pvae.engine import (
     ENGINES,
     Problem,
@@ -29,10 +30,11 @@ from pvae.engine import (
 )
 from pvae.errors import OptionError, ProgramError, RunError, did_you_mean
 from pvae.interrupts import Interrupts
+from pvae.launchers import leads
 from pvae.locks import locked
 from pvae.loop import Loop, Run, unwritable
 from pvae.objectives import Objective, PyroObjective, as_objective
-from pvae.particles import Layout, arguments, check_support, module_of, parameters
+from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
 from pvae.precision import precision_context
 from pvae.recipes import vae
 from pvae.resumption import (
@@ -43,7 +45,7 @@ from pvae.resumption import (
 from pvae.schedules import Schedule
 from pvae.trackers import Tracker
 
-__all__ = ["Run", "fit", "lr_schedule"]
+__all__ = ["Run", "device_of", "fit", "lr_schedule"]
 
 
 def fit(
@@ -62,6 +64,7 @@ def fit(
     clip_norm: float | None = None,
     alternate: Alternate | int | str | None = None,
     patience: int | None = None,
+    parts: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
     engine: str = "auto",
     precision: str = "full",
@@ -77,9 +80,15 @@ def fit(
 ) -> Run:
     """Train a model and a guide together on data.
 
-    Data lie on the device and batches are gathered by index; their order and all noise come from
-    ``(seed, step)`` alone, and the caller's random streams are left untouched. Every reported bound
-    is a mean over data, in nats per datum.
+    Data lie on the device and batches are gathered by index; arrays that are mapped from a file
+    (``numpy.memmap``) stay there, and each process reads the rows of its own parts. The order of
+    the data and all noise come from ``(seed, step)`` alone, and the caller's random streams are
+    left untouched. Every reported bound is a mean over data, in nats per datum.
+
+    In a process of several (started by ``torchrun``, ``srun`` or Ray Train, see
+    :func:`pvae.distributed.join`) each takes its parts of every batch, and all of them together the
+    step that one would have taken. Rank 0 alone writes, prints and has trackers; every rank ends
+    with the same parameters and history.
 
     Args:
         model: The generative program.
@@ -99,6 +108,10 @@ def fit(
             :class:`pvae.Alternate`. Each half has an optimiser of its own; what both programs
             share is the model's. ``None`` moves both at every step.
         patience: Stop after this many epochs without a better validation bound.
+        parts: Into how many parts each batch is cut, see :mod:`pvae.parts`; the number of processes
+            if left out. The same number of parts gives the same numbers (but for the order of
+            sums) on any number of processes; more parts than processes need less memory. What is
+            no mean over data cannot be cut: penalties, batch normalisation, Pyro's own ELBOs.
         preprocess: Applied to each training batch, on the device, with the step's noise.
         engine: How a step is taken, see :mod:`pvae.engine`: ``"auto"`` chooses what pays,
             ``"eager"``, ``"staged"``, ``"compiled"`` or ``"cudagraph"``.
@@ -131,6 +144,7 @@ def fit(
             asked for, or one that was started under another configuration.
         OSError: A checkpoint could not be written; those before it are there still.
         NonFiniteError: A loss or gradient was not finite; parameters are those of the best epoch.
+        LostRankError: Another process was killed or cut off.
     """
     started = time.perf_counter()
     goal = as_objective(vae() if objective is None else objective)
@@ -140,18 +154,23 @@ def fit(
     precision_context(precision)  # refuses a name that it does not know
     folder, every = None if run_dir is None else Path(run_dir), as_every(checkpoint_every)
     _check_run(folder, resume=resume, keep=keep_checkpoints)
-    where = _device(device)
+    where = device_of(device)
     _check_on_nan(on_nan, where)
-    data = as_batch(train, device=where, model=model)
-    held_out = None if valid is None else as_batch(valid, device=where, model=model)
-    total = num_rows(data)
-    for program in (model, guide):
-        module = module_of(program)
-        if module is not None:
-            module.to(where)
-    devices = [where] if where.type == "cuda" else []
+    group = join(where)
+    pieces = _check_parts(parts, batch_size, goal, engine, group)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
+        if group is not None:
+            stack.enter_context(group.working())
+        data = as_batch(train, device=where, model=model, streams=True)
+        held_out = valid
+        if valid is not None:
+            held_out = as_batch(valid, device=where, model=model, streams=True)
+        total = num_rows(data)
+        for program in (model, guide):
+            module = module_of(program)
+            if module is not None:
+                module.to(where)
+        stack.enter_context(torch.random.fork_rng([where] if where.type == "cuda" else []))
         seed_noise(where, seed, -1)
         example = take(data, torch.arange(min(batch_size, total), device=where))
         example = example if preprocess is None else preprocess(example)
@@ -171,20 +190,25 @@ def fit(
         optim = build(list(weights.values()))
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
-            clip_norm, precision,
+            clip_norm, precision, parts=pieces, group=group,
         )  # fmt: skip
         rows = torch.arange(min(batch_size, total), device=where)
+        if pieces > 1:
+            _check_buffers(problem, rows)
+        if group is not None:
+            _start_alike(group, problem, batch_size, epochs, held_out)
         problems = {"joint": problem} | ({} if plan is None else split(problem, rows, build))
-        groups = [group for each in problems.values() for group in each.optimizer.param_groups]
-        rates = [(group, group["lr"]) for group in groups]
+        movers = [each.optimizer for each in problems.values()]
+        rates = [(some, some["lr"]) for mover in movers for some in mover.param_groups]
         run = Run(model, guide, goal, device=str(where), run_dir=folder)
         run.num_parameters = sum(p.numel() for p in weights.values())
         loop = Loop(
             run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
-            progress, trackers, on_nan=on_nan,
+            progress and leads(group), trackers if leads(group) else (), on_nan=on_nan,
         )  # fmt: skip
         if folder is not None:
-            stack.enter_context(_taken(folder))
+            if leads(group):
+                stack.enter_context(_taken(folder))
             record = {
                 "epochs": epochs, "patience": patience, "batch_size": batch_size,
                 "lr_schedule": lr_schedule, "clip_norm": clip_norm, "alternate": plan,
@@ -193,16 +217,19 @@ def fit(
                 "objective": goal, "engine": engine, "precision": precision, "seed": seed,
                 "on_nan": on_nan,
                 "parameters": {name: list(each.shape) for name, each in weights.items()},
-            }  # fmt: skip
+            } | ({"parts": pieces} if pieces > 1 else {})  # fmt: skip
             facts = _facts(record, data, held_out, where) if every is not None or resume else {}
             if resume:
                 loop.resume(folder / "checkpoints", facts)
             if every is not None:
                 root = folder / "checkpoints"
-                loop.saver = Saver(root, every, keep_checkpoints, facts, step=loop.place.step)
+                if leads(group):
+                    loop.saver = Saver(root, every, keep_checkpoints, facts, step=loop.place.step)
                 loop.interrupts = stack.enter_context(Interrupts())
         with pyro.validation_enabled(False):
             loop.run_all(started)
+        if group is not None:
+            group.meet()  # what rank 0 wrote is there
     _warn_of_beta(goal, steps_per_epoch * epochs)
     return run
 
@@ -221,6 +248,72 @@ def _check_options(
         raise OptionError("patience needs held-out data to judge by: pass valid=")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+
+
+def _check_parts(
+    parts: int | None, batch_size: int, goal: Any, engine: str, group: Group | None
+) -> int:
+    """The number of parts of each batch, one if it is whole."""
+    size = 1 if group is None else group.size
+    parts = size if parts is None else parts
+    if not size <= parts <= batch_size:
+        raise OptionError(
+            f"parts must be between the number of processes ({size}) and batch_size "
+            f"({batch_size}), got {parts}"
+        )
+    if parts == 1:
+        return 1
+    if engine == "cudagraph":
+        raise OptionError(
+            f"cudagraph records whole steps, and the gradients of {parts} parts are added between: "
+            "use engine='compiled'"
+        )
+    if isinstance(goal, PyroObjective):
+        raise OptionError(
+            f"{type(goal.elbo).__name__} has one number for a whole batch, which cannot be had "
+            f"from {parts} parts: use pvae.vae() or pvae.iwae()"
+        )
+    if goal.penalty is not None:
+        raise OptionError(
+            f"{goal.penalty!r} compares the data of a batch, which cannot be had from {parts} "
+            "parts: train in one process and one part"
+        )
+    return parts
+
+
+def _check_buffers(problem: Problem, rows: torch.Tensor) -> None:
+    """Refuse programs whose buffers follow the batch, of which a part is another one."""
+    buffers = problem.buffers()
+    before = [buffer.clone() for buffer in buffers]
+    with torch.no_grad():
+        problem.loss(rows, 1.0)
+        changed = [b for b, old in zip(buffers, before, strict=True) if not torch.equal(b, old)]
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)
+    if changed:
+        raise ProgramError(
+            f"the programs keep statistics of their batches (a buffer of shape "
+            f"{tuple(changed[0].shape)} changes), which differ from those of {problem.parts} "
+            "parts: use layer or group normalisation, or train in one process and one part"
+        )
+
+
+def _start_alike(group: Group, problem: Problem, batch_size: int, epochs: int, valid: Any) -> None:
+    """Parameters and buffers of rank 0 on all ranks, which must have the same work."""
+    shapes = [tuple(tensor.shape) for tensor in problem.parameters.values()]
+    held_out = 0 if valid is None else num_rows(valid)
+    agree(
+        group,
+        f"{problem.num_data} training and {held_out} validation rows, batch_size={batch_size}, "
+        f"epochs={epochs}, parts={problem.parts}, seed={problem.seed}, "
+        f"{_in_words(problem.objective)}, parameters of shapes {shapes}",
+    )
+    tensors = [
+        *problem.parameters.values(),
+        *problem.buffers(),
+        *named_tensors(problem.model, problem.guide).values(),  # those that are frozen too
+    ]
+    group.lead(list({id(tensor): tensor for tensor in tensors}.values()))
 
 
 def _check_on_nan(on_nan: str, device: torch.device) -> None:
@@ -247,24 +340,28 @@ def _check_alternate(plan: Alternate | None, optimizer: Any, valid: Any) -> None
         )
 
 
-def _device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
+def device_of(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one, and ``cuda`` that of this process.
+
+    Raises:
+        OptionError: There is no such device.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device {name!r} cannot be used ({reason}): try 'cpu'") from None
-    return device
+    return local_device(device)
 
 
 def _check_all_supports(layout: Layout, data: Any) -> None:
     args, kwargs = arguments(data)
     entries: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     for name, (key, support) in layout.supports.items():
-        if key in entries:
+        if isinstance(entries.get(key), torch.Tensor):  # rows in a file are not all read
             check_support(name, support, entries[key])
 
 

@@ -15,8 +15,9 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"contexts", "errors", "inversion", "published", "rewrites", "seeds"},
+    {"contexts", "errors", "inversion", "launchers", "published", "rewrites", "seeds"},
     {
+        "distributed",
         "log_weights",
         "checkpoints",
         "foreign",
@@ -59,7 +60,7 @@ FLOORS = [
     {"guides", "models"},
     {"bounds", "schedules", "penalties"},
     {"gradients", "kl_terms"},
-    {"objectives", "data"},
+    {"objectives", "data", "parts"},
     {"recipes"},
     {"evidence", "baselines"},
     {"imputation", "latents"},

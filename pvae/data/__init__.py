@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pvae.data.batches import Batch, as_batch, num_rows, take
+from pvae.data.batches import Batch, as_batch, is_streamed, num_rows, share, take
 from pvae.data.dataset import Dataset, Split
 from pvae.data.loading import load
 from pvae.data.sources import sources
@@ -15,9 +15,11 @@ __all__ = [
     "Split",
     "Transform",
     "as_batch",
+    "is_streamed",
     "load",
     "num_rows",
     "require_binary",
+    "share",
     "sources",
     "take",
 ]

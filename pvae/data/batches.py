@@ -1,8 +1,10 @@
-"""Batches: a tensor, or a tuple or dict of tensors, whose first dimension indexes the data."""
+"""Batches: a tensor, or a tuple or dict of tensors, whose first dimension indexes the data.
+
+All data may also be rows mapped from a file, of which batches are read.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +12,22 @@ import torch
 from torch import Tensor
 
 from pvae.data.dataset import Dataset, Split
+from pvae.data.mapped import MappedRows, is_mapped
 from pvae.data.tensors import to_tensor
 from pvae.errors import DataError
 
-__all__ = ["Batch", "as_batch", "num_rows", "take"]
+__all__ = ["Batch", "as_batch", "is_streamed", "num_rows", "share", "take"]
 
 Batch = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
-def as_batch(data: Any, *, device: torch.device | str | None = None, model: Any = None) -> Batch:
+def as_batch(
+    data: Any,
+    *,
+    device: torch.device | str | None = None,
+    model: Any = None,
+    streams: bool = False,
+) -> Batch:
     """Check data and put them on the device, in the structure they came in.
 
     Precision and integer types stay what they are.
@@ -28,6 +37,8 @@ def as_batch(data: Any, *, device: torch.device | str | None = None, model: Any 
             (its ``x``) or a :class:`Dataset` (its ``train.x``).
         device: Where the tensors are put; ``None`` leaves them.
         model: The model they are for; where its ``takes_missing`` is true, NaN is a missing cell.
+        streams: Leave arrays that are mapped from a file (``numpy.memmap``) where they are, as
+            :class:`pvae.data.mapped.MappedRows`, whose rows are checked as they are taken.
 
     Returns:
         A tensor, a tuple of tensors or a dict of tensors.
@@ -39,9 +50,15 @@ def as_batch(data: Any, *, device: torch.device | str | None = None, model: Any 
         data = data.train
     if isinstance(data, Split):
         data = data.x
-    check = functools.partial(
-        to_tensor, device=device, allow_nan=bool(getattr(model, "takes_missing", False))
-    )
+    options: dict[str, Any] = {
+        "device": device,
+        "allow_nan": bool(getattr(model, "takes_missing", False)),
+    }
+
+    def check(array: Any, what: str = "x") -> Any:
+        kind: Any = MappedRows if streams and is_mapped(array) else to_tensor
+        return kind(array, what, **options)
+
     if isinstance(data, Mapping):
         parts = {str(k): check(v, f"x[{k!r}]") for k, v in data.items()}
         _require_equal_rows({repr(key): part for key, part in parts.items()})
@@ -50,7 +67,8 @@ def as_batch(data: Any, *, device: torch.device | str | None = None, model: Any 
         items = tuple(check(v, f"x[{i}]") for i, v in enumerate(data))
         _require_equal_rows({str(i): item for i, item in enumerate(items)})
         return items
-    return check(data)
+    checked: Batch = check(data)
+    return checked
 
 
 def _require_equal_rows(parts: Mapping[str, Tensor]) -> None:
@@ -72,7 +90,7 @@ def num_rows(batch: Batch) -> int:
 
 def take(batch: Batch, index: Tensor) -> Batch:
     """The rows ``index`` ``(B,)`` of every tensor, in the same structure."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, MappedRows)):
         return batch.index_select(0, index)
     if isinstance(batch, Mapping):
         return {key: part.index_select(0, index) for key, part in batch.items()}
@@ -80,6 +98,18 @@ def take(batch: Batch, index: Tensor) -> Batch:
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, MappedRows)):
         return (batch,)
     return tuple(batch.values()) if isinstance(batch, Mapping) else batch
+
+
+def share(batch: Batch, start: int, stop: int) -> Any:
+    """The rows from ``start`` to ``stop`` of every tensor; those mapped from a file stay there."""
+    return torch.utils._pytree.tree_map(
+        lambda rows: (rows.array if isinstance(rows, MappedRows) else rows)[start:stop], batch
+    )
+
+
+def is_streamed(batch: Batch) -> bool:
+    """Whether some of its rows stay in a file."""
+    return any(isinstance(rows, MappedRows) for rows in _tensors(batch))

@@ -24,6 +24,7 @@ from pvae.evidence.importance import Evidence, importance
 from pvae.evidence.information import Dimension, Information, information
 from pvae.evidence.sandwich import Sandwich, Simulated, importance_upper, sandwich, simulate
 from pvae.evidence.smc import smc
+from pvae.evidence.spread import in_parts
 
 __all__ = [
     "Calibration",
@@ -44,6 +45,7 @@ __all__ = [
     "gaps",
     "importance",
     "importance_upper",
+    "in_parts",
     "information",
     "log_evidence_curve",
     "measured_curve",

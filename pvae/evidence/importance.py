@@ -145,7 +145,7 @@ def importance(
             f"num_particles and max_pairs must be at least 1, got {num_particles} and {max_pairs}"
         )
     device = next((t.device for t in tensors_of(model, guide)), torch.device("cpu"))
-    batch = as_batch(x, device=device, model=model)
+    batch = as_batch(x, device=device, model=model, streams=True)
     total = num_rows(batch)
     if max_pairs is None:
         max_pairs = _MAX_PAIRS.get(device.type, 2**18)
