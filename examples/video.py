@@ -133,10 +133,17 @@ def swapped(run: pvae.Run, looks: Tensor, moves: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generated(run: pvae.Run, count: int) -> Tensor:
-    """Videos of the model's own: looks and motion from their priors, no noise on the pixels."""
+def generated(run: pvae.Run, count: int, seen: Tensor | None = None) -> Tensor:
+    """Videos of the model's own, no noise on the pixels: motion from its prior, and looks.
+
+    The looks are from their prior too or, given videos, from the aggregated posterior: that of one
+    of them, drawn at random. Between the characters seen in training f has holes.
+    """
+    run.guide.eval()
     torch.manual_seed(2)
     f = torch.randn(count, run.model.f_dim)
+    if seen is not None:
+        f = run.guide.posterior(seen[torch.randperm(len(seen))[:count]].flatten(1))["f"].sample()
     z = run.model.chain().rsample((count,))
     mean: Tensor = run.model.decode(f, z).mean
     return mean.reshape(count, run.model.length, *run.model.frame_shape)
@@ -161,14 +168,18 @@ def judged(run: pvae.Run, expert: Judge | None, test: Videos, count: int) -> dic
     return found
 
 
-def write_pictures(run: pvae.Run, test: Videos, folder: Path, count: int) -> None:
+def write_pictures(run: pvae.Run, train: Videos, test: Videos, folder: Path, count: int) -> None:
     """Contact sheets and animations of reconstructions, swaps and videos of the model's own."""
     torch.manual_seed(3)
     one, two = test.x[torch.randperm(len(test.x))[: 2 * count]].chunk(2)
     zoom = max(1, 64 // one.shape[-1])
     rebuilt, mixed = swapped(run, one, one), swapped(run, one, two)
     rows = [video for four in zip(one, rebuilt, two, mixed, strict=True) for video in four]
-    sheets = {"swaps": torch.stack(rows), "generated": generated(run, 2 * count)}
+    sheets = {
+        "swaps": torch.stack(rows),
+        "generated": generated(run, 2 * count, train.x),
+        "prior": generated(run, 2 * count),
+    }
     for name, videos in sheets.items():
         write_png(folder / "figures" / f"{name}.png", contact_sheet(videos), zoom=zoom)
     for number, four in enumerate(zip(one, rebuilt, two, mixed, strict=True)):
@@ -213,7 +224,7 @@ def main(
             "share recognised": judged(run, judge(train, judge_steps), test, 500),
         }
         runs.write_json(folder / "results.json", found)
-        write_pictures(run, test, folder, count)
+        write_pictures(run, train, test, folder, count)
         curves = pvae.plots.training_curves({"disentangled sequence": run.history})
         pvae.plots.save(curves, folder / "figures" / "training_curves.png")
     print(f"{found['nats per frame']:.0f} nats a frame of pixels between 0 and 1 (IWAE, K = 20)")
