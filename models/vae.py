@@ -80,9 +80,13 @@ class VAE(nn.Module):
     def forward(self, x: Tensor | None = None, size: int = 1) -> Tensor:
         """Score ``x`` of shape ``(B, x_dim)``, or generate ``size`` data with ``x=None``."""
         with pyro.plate("data", size if x is None else len(x), dim=-1):
-            z = pyro.sample("z", self.prior())
+            z = pyro.sample("z", self.latent_prior())
             sampled: Tensor = pyro.sample("x", self.decode(z), obs=x)
         return sampled
+
+    def latent_prior(self) -> Any:
+        """``p(z)``: events of shape ``(z_dim,)``."""
+        return self.prior()
 
     def decode(self, z: Tensor) -> Any:
         """``p(x | z)`` for ``z`` of shape ``(*, z_dim)``: events of shape ``(x_dim,)``."""

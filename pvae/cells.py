@@ -197,7 +197,7 @@ def _network(config: Config, dataset: Dataset, folder: Path, part: Path) -> tupl
 
     training = config["training"]
     full = _run_config(config, dataset)
-    known, moments = runs.facts(dataset), runs.statistics(dataset)
+    known, moments = runs.facts(dataset), runs.statistics(dataset) | runs.example_rows(dataset)
     model, guide = runs.pair(full, known | moments)
     objective = catalogue.build_objective(config["objective"], config["objective_options"])
     folder, earlier = folder / "run", 0.0

@@ -244,7 +244,7 @@ def _fit(
             key = f"{component}_options"
             config[key] = offered.defaults() | config[key]
     about = runs.facts(dataset)
-    moments = runs.statistics(dataset)
+    moments = runs.statistics(dataset) | runs.example_rows(dataset)
     resumed = before is not None
     model, guide = runs.pair(config, about | moments, folder=folder if resumed else None)
     if writes:

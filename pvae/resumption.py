@@ -284,6 +284,7 @@ def refuse_difference(
     Raises:
         RunError: They differ in more than when to stop; the message lists all differences.
     """
+    before, now = _flat(before), _flat(now)
     keys = [key for key in {**before, **now} if key not in free]
     changed = [
         f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
@@ -295,6 +296,17 @@ def refuse_difference(
             f"{place} was started under another configuration: {'; '.join(changed)} (resume it "
             "as it was, or train in another folder)"
         )
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an option as ``name.option``, so that what differs is seen."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{name}": entry for name, entry in _flat(value).items()}
+        else:
+            found[key] = value
+    return found
 
 
 def _short(value: Any) -> str:

@@ -44,6 +44,7 @@ __all__ = [
     "data_of",
     "draw_board_figures",
     "draw_figures",
+    "example_rows",
     "facts",
     "find",
     "generate",
@@ -430,17 +431,15 @@ def _fingerprint(split: Split) -> str:
 
 
 def statistics(dataset: Dataset) -> dict[str, Tensor]:
-    """``x_mean`` and ``x_scale`` of the training split, ``(D,)``, and an ``example_batch`` of rows.
-
-    Constant features get scale 1.
-    """
+    """``x_mean`` and ``x_scale`` of the training split, ``(D,)``; constant features get scale 1."""
     x = dataset.train.x
     scale = x.std(0, correction=0)
     scale = scale.where(scale > 0, scale.new_ones(()))
-    return {"x_mean": x.mean(0), "x_scale": scale, **_example(dataset)}
+    return {"x_mean": x.mean(0), "x_scale": scale}
 
 
-def _example(dataset: Dataset) -> dict[str, Tensor]:
+def example_rows(dataset: Dataset) -> dict[str, Tensor]:
+    """``example_batch`` and ``example_labels``: a few rows, for guides derived from a model."""
     found = {"example_batch": dataset.train.x[:_EXAMPLE].clone()}
     if dataset.train.labels is not None:
         found["example_labels"] = dataset.train.labels[:_EXAMPLE].clone()

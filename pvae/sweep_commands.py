@@ -162,7 +162,7 @@ def _fit(config: dict[str, Any], dataset: Dataset, report: sweeps.Report | None)
 
     config, programs = _resolved(config)
     commands.choose_likelihood(config, programs, dataset)
-    known = runs.facts(dataset) | runs.statistics(dataset)
+    known = runs.facts(dataset) | runs.statistics(dataset) | runs.example_rows(dataset)
     model, guide = runs.pair(config, known)
     return fit(
         model,

@@ -515,7 +515,7 @@ def test_the_command_line_resumes(tmp_path, monkeypatch, at_step, capsys):
         assert pvae.load("run").stopped == "interrupted"
     for words, message in {
         ("--lr", "0.5"): "lr was 0.002 and is 0.5",
-        ("--guide.hidden", "[5]"): "guide_options was {'hidden': [4]",
+        ("--guide.hidden", "[5]"): "guide_options.hidden was [4] and is [5]",
         ("--data", "digits", "--binarize", "fixed"): "binarize was None and is 'fixed'",
         ("vae",): "model was 'factor_analysis' and is 'vae'",
         ("--run-dir", "other"): "leave --run-dir out",
