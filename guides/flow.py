@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pyro
-import torch
 from torch import Tensor, nn
 
 from pvae.errors import OptionError
 from pvae.flows import ConditionalFlow
-from pvae.networks import Encoder
+from pvae.networks import Encoder, join
 
 __all__ = ["Flow"]
 
@@ -80,14 +79,10 @@ class Flow(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         """Sample every latent site given ``x`` of shape ``(B, x_dim)``."""
-        context = self.encoder(x)
+        context, last = self.encoder(x), list(self.flows)[-1]
         with pyro.plate("data", len(x), dim=-1):
             for name, flow in self.flows.items():
                 z = pyro.sample(name, flow(context))
-                flat = z.reshape(z.shape[: z.dim() - len(self.latents[name])] + (-1,))
-                context = _beside(context, flat)
-
-
-def _beside(context: Tensor, z: Tensor) -> Tensor:
-    """Both along the last dimension, the particles of ``z`` included."""
-    return torch.cat([context.expand(*z.shape[:-1], -1), z], -1)
+                if name != last:
+                    batch = z.shape[: z.dim() - len(self.latents[name])]
+                    context = join(context, z.reshape(batch + (-1,)))

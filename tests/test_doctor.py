@@ -13,6 +13,7 @@ from torch import nn
 import pvae
 from pvae.doctor import Doctor, examine_data, examine_history, examine_pair, report, rising_k
 from pvae.errors import NonFiniteError
+from pvae.guides.flow import Flow
 from pvae.guides.gaussian import Gaussian
 from pvae.models.vae import VAE
 
@@ -141,6 +142,13 @@ def test_dead_units():
         model.decoder[0].bias[:8] = -100.0
     (finding,) = [f for f in examine_pair(model, guide, HELD_OUT) if f.name == "dead units"]
     assert finding.evidence == "50% of the 16 units of model.decoder.1 have one value for all data"
+
+
+def test_a_flow_can_be_examined():
+    """Its density is asked for at the draws of all other data."""
+    model, _ = pair()
+    guide = Flow(8, model.latents, hidden=(16,), transform_hidden=(8,))
+    assert names(examine_pair(model, guide, HELD_OUT)) <= {"the decoder ignores the latents"}
 
 
 def history(elbo, valid=None, **more):
