@@ -463,7 +463,26 @@ def data_for(config: dict[str, Any], other: str | None) -> Dataset:
             UserWarning,
             stacklevel=2,
         )
-    return dataset
+    if other is None or dataset.kind != "continuous":
+        return dataset
+    return _moved(dataset, data_for(config, None).transform)
+
+
+def _moved(dataset: Dataset, transform: Any) -> Dataset:
+    """Data moved to the model's scale as the training data were.
+
+    Standardised by their own moments, data from elsewhere would look like those from here.
+    """
+    import dataclasses
+
+    from pvae.data import Split
+
+    def moved(split: Any) -> Any:
+        x = dataset.transform.inverse(split.x)
+        return Split(transform(x), transform.log_abs_det_jacobian(x.double()), split.labels)
+
+    parts = {name: moved(getattr(dataset, name)) for name in ("train", "valid", "test")}
+    return dataclasses.replace(dataset, **parts, transform=transform)
 
 
 def _evidence_facts(evidence: Any, dataset: Dataset) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Everything heavy is imported inside the functions, so that ``pvae --help`` answe
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import hashlib
 import io
@@ -21,7 +20,7 @@ from pvae.errors import DataError, OptionError, ProgramError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pvae.data import Dataset, Split
+    from pvae.data import Dataset
     from pvae.training import Run
 
 __all__ = ["encode", "interpolate", "out_of_distribution", "reconstruct", "traverse"]
@@ -133,7 +132,7 @@ def out_of_distribution(arguments: argparse.Namespace) -> None:
     _at_least("num-data", arguments.num_data, 2)
     folder = Path(arguments.run)
     run, dataset = _opened(arguments)
-    other = _other(runs.read_config(folder), arguments.against)
+    other = data_for(runs.read_config(folder), arguments.against)
     inside, outside = (each.test.x[: arguments.num_data] for each in (dataset, other))
     reference = dataset.valid.x[: arguments.num_data]
     from pvae import galleries
@@ -173,30 +172,7 @@ def out_of_distribution(arguments: argparse.Namespace) -> None:
 def _opened(arguments: argparse.Namespace) -> tuple[Run, Dataset]:
     folder = Path(arguments.run)
     config, run = runs.read_config(folder), runs.load(folder)
-    return run, data_for(config, None) if arguments.data is None else _other(config, arguments.data)
-
-
-def _other(config: dict[str, Any], name: str) -> Dataset:
-    """Other data, moved to the model's scale as the training data were.
-
-    Standardised by their own moments, data from elsewhere would look like those from here.
-    """
-    from pvae.data import Split
-
-    other, transform = data_for(config, name), data_for(config, None).transform
-    back = other.transform.inverse
-
-    def moved(split: Split) -> Split:
-        x = back(split.x)
-        return Split(transform(x), transform.log_abs_det_jacobian(x.double()), split.labels)
-
-    return dataclasses.replace(
-        other,
-        train=moved(other.train),
-        valid=moved(other.valid),
-        test=moved(other.test),
-        transform=transform,
-    )
+    return run, data_for(config, arguments.data)
 
 
 def _observed(run: Run, rows: Tensor) -> str:

@@ -492,3 +492,18 @@ def test_features_that_never_vary_are_pointed_out(tmp_path, monkeypatch, capsys)
     error = capsys.readouterr().err
     assert "1 of 3 features never vary" in error
     assert "number 2" in error
+
+
+def test_other_data_are_prepared_as_the_training_data_were(tmp_path, capsys, monkeypatch):
+    """Standardised by their own moments, data that are shifted would seem just as likely."""
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).normal(size=(120, 4))
+    np.save("x.npy", x)
+    np.save("shifted.npy", x + 4)
+    train = ["train", "factor_analysis", "--data", "x.npy", "--epochs", "2", "--engine", "eager"]
+    assert main([*train, "--run-dir", "run"]) == 0
+    found = {}
+    for name in ("x.npy", "shifted.npy"):
+        assert main(["evaluate", "run", "--data", name, "--num-particles", "20"]) == 0
+        found[name] = json.loads(Path("run/evidence.json").read_text())["log_evidence"]
+    assert found["shifted.npy"] < found["x.npy"] - 10
