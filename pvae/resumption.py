@@ -32,6 +32,7 @@ __all__ = [
     "unpack",
 ]
 
+_MOST = 6  # differences that a message lists
 _FREE = ("epochs", "patience")  # may differ: they say when to stop, not what a step does
 
 
@@ -282,7 +283,7 @@ def refuse_difference(
     """Refuse another configuration than a run was started with.
 
     Raises:
-        RunError: They differ in more than when to stop; the message lists all differences.
+        RunError: They differ in more than when to stop; the message lists the first differences.
     """
     before, now = _flat(before), _flat(now)
     keys = [key for key in {**before, **now} if key not in free]
@@ -291,6 +292,8 @@ def refuse_difference(
         for key in keys
         if before.get(key) != now.get(key)
     ]
+    if len(changed) > _MOST:
+        changed = [*changed[:_MOST], f"{len(changed) - _MOST} more"]
     if changed:
         raise RunError(
             f"{place} was started under another configuration: {'; '.join(changed)} (resume it "

@@ -288,7 +288,9 @@ def test_other_data_and_another_pair_are_refused(tmp_path):
         pvae.fit(*small_pair(), data() + 1, **options)
     torch.manual_seed(0)
     model = VAE(4, z_dim=2, hidden=(7,), likelihood="gaussian")
-    with pytest.raises(RunError, match="parameters was"):
+    with pytest.raises(
+        RunError, match=r"parameters\.model\.decoder\.0\.weight was \[5, 2\] and is \[7, 2\]"
+    ):
         pvae.fit(model, Gaussian(4, model.latents, hidden=(5,)), data(), **options)
 
 
