@@ -12,11 +12,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 
 from pvae.errors import ProgramError
 from pvae.networks import Encoder
+from pvae.particles import site_priors
 from pvae.relaxations import RelaxedBernoulli, RelaxedOneHot, check_relaxation
 
 __all__ = ["Categorical"]
@@ -110,9 +110,7 @@ def _priors(model: Any) -> dict[str, Any]:
             f"{type(model).__name__} does not name its latent sites: give it a 'latents' property "
             "(site -> event shape)"
         )
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
-        nodes = poutine.trace(model).get_trace(size=1).nodes
-    return {name: nodes[name]["fn"] for name in model.latents}
+    return site_priors(model, model.latents)
 
 
 def _kind(name: str, prior: Any, *, relaxed: bool) -> tuple[str, tuple[int, ...]]:

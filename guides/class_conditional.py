@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pvae.errors import ProgramError
 from pvae.mean_field import normal_sites, num_outputs
 from pvae.networks import MLP, join, one_hot
-from pvae.site_priors import site_priors
+from pvae.particles import site_priors
 
 __all__ = ["ClassConditional"]
 

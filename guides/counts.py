@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from pvae.errors import OptionError, ProgramError, did_you_mean
 from pvae.networks import MLP
-from pvae.site_priors import site_priors
+from pvae.particles import site_priors
 
 __all__ = ["Counts"]
 

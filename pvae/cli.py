@@ -424,6 +424,10 @@ def _sweep(argv: Sequence[str], parser: _Parser) -> None:
     if asked.run_worker is not None:
         sweep_commands.run_worker(Path(asked.run_worker))
         return
+    if "resume" in arguments:
+        raise OptionError(
+            "a sweep goes on by the same command with the same --run-dir: leave --resume out"
+        )
     asked.run_dir = arguments.pop("run_dir", None)
     config, _ = _resolve(parser, arguments, given)
     config.pop("run_dir", None)
@@ -511,7 +515,8 @@ def _help_train(parser: _Parser, argv: Sequence[str]) -> None:
     """The help page, with the options of the model, guide and objective if a MODEL is named."""
     arguments = vars(_parse(parser, argv))
     if "model" in arguments:
-        programs = commands.Programs({**runs.DEFAULTS, **arguments})
+        suited = _suited(arguments["model"], arguments)
+        programs = commands.Programs({**runs.DEFAULTS, **suited, **arguments})
         for component, offered in programs.offered.items():
             rows = offered.describe() if offered is not None else []
             if not rows or offered is None:

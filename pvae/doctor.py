@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data import as_batch, num_rows, take
+from pvae.errors import PvaeError
 from pvae.evidence import importance, information
 from pvae.evidence.importance import evaluation
+from pvae.evidence.sweep import tensors_of
 from pvae.particles import by_datum, inspect, log_joint, module_of, sample_guide
 
 if TYPE_CHECKING:
@@ -194,8 +196,6 @@ def examine_pair(model: Any, guide: Any, x: Any, *, seed: int = 0) -> list[Findi
 
 
 def _sites(model: Any, guide: Any, x: Any, seed: int) -> Iterator[Finding]:
-    from pvae.errors import PvaeError
-
     try:
         told = information(model, guide, x, seed=seed)
     except PvaeError:
@@ -279,8 +279,7 @@ def _note(activity: dict[str, Tensor], name: str) -> Any:
 
 
 def _rows(model: Any, guide: Any, x: Any, most: int = 256) -> tuple[Any, torch.device]:
-    modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
-    device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
+    device = next((t.device for t in tensors_of(model, guide)), torch.device("cpu"))
     batch = as_batch(x, device=device)
     return take(batch, torch.arange(min(num_rows(batch), most), device=device)), device
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ __all__ = [
     "sample_guide",
     "sample_observed",
     "simulate",
+    "site_priors",
     "sum_terms",
     "unconstrain",
 ]
@@ -1561,6 +1562,27 @@ def prior_of(model: Program) -> Program:
     """``p(z)`` as a guide: the model with its observed sites out of sight."""
     hidden: Program = poutine.block(model, hide_fn=lambda msg: bool(msg.get("is_observed")))
     return hidden
+
+
+def site_priors(model: Any, sites: Iterable[str]) -> dict[str, Any]:
+    """Site -> its distribution in one run of ``model(size=1)``, batch shape ``(1,)`` or ``()``.
+
+    Args:
+        model: A model that generates by itself.
+        sites: Names of its latent sites.
+
+    Raises:
+        ProgramError: it does not generate so, or has no such site.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), poutine.block():
+            trace = poutine.trace(model).get_trace(size=1)
+        return {name: trace.nodes[name]["fn"] for name in sites}
+    except Exception as error:
+        raise ProgramError(
+            f"model(size=1) does not show the supports of its latent sites "
+            f"({type(error).__name__}: {error}): let the model generate so, or use another guide"
+        ) from error
 
 
 class _Unconstrained(Messenger):  # type: ignore[misc]

@@ -89,7 +89,13 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
     return plain | options | {"search": list(content.get("search") or [])}
 
 
-def open_study(folder: Path, storage: str | None, *, seed: int = 0, epochs: int = 100) -> Any:
+def _sampler(seed: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant_liar is called experimental
+        return _optuna().samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def open_study(folder: Path, storage: str | None, *, epochs: int = 100) -> Any:
     """The study of a sweep: its journal in the folder, or a database by its URL.
 
     Raises:
@@ -99,12 +105,11 @@ def open_study(folder: Path, storage: str | None, *, seed: int = 0, epochs: int 
     warm_up = max(1, epochs // 5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=warm_up)
         try:
             return optuna.create_study(
                 storage=storage or _journal(folder), study_name=folder.absolute().name,
-                sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True,
+                sampler=_sampler(0), pruner=pruner, direction="maximize", load_if_exists=True,
             )  # fmt: skip
         except Exception as error:
             if storage is None:
@@ -170,7 +175,6 @@ def work(
     trials: int,
     worker: int,
     train: Trainer,
-    said: Callable[[str], None] | None = None,
 ) -> None:
     """Take trials, one after the other, until the sweep has as many as were asked for.
 
@@ -180,7 +184,6 @@ def work(
         trials: How many the sweep is to have.
         worker: Number of this worker, which seeds its proposals.
         train: Trains a configuration.
-        said: Called with a line on each trial.
     """
     from pvae.seeds import mix
 
@@ -190,7 +193,7 @@ def work(
     study = open_study(folder, storage, epochs=config["epochs"])
     # A worker of a sweep that goes on must not propose again what the first one did.
     seed = mix(config["seed"], worker, len(study.get_trials(deepcopy=False)))
-    study = open_study(folder, storage, seed=seed % 2**32, epochs=config["epochs"])
+    study.sampler = _sampler(seed % 2**32)
     while (trial := _ticket(folder, study, trials)) is not None:
         started = time.perf_counter()
         try:
@@ -199,19 +202,14 @@ def work(
             for name, fact in facts.items():
                 trial.set_user_attr(name, fact)
             study.tell(trial, value)
-            outcome = f"{value:.3f}"
         except optuna.TrialPruned:
             trial.set_user_attr("seconds", time.perf_counter() - started)
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            outcome = "pruned"
         except PvaeError as error:
             trial.set_user_attr("reason", str(error))
             diverged = isinstance(error, NonFiniteError)
             state = optuna.trial.TrialState
             study.tell(trial, state=state.PRUNED if diverged else state.FAIL)
-            outcome = f"failed: {error}"
-        if said is not None:
-            said(f"trial {trial.number}: {outcome}")
 
 
 def _one(
@@ -320,7 +318,8 @@ def write_results(folder: Path, study: Any) -> None:
 def _pictures(study: Any) -> dict[str, Callable[[], Any]]:
     """Name -> what draws it; those that need more trials than there are are left out."""
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    ranked = list(importances(study))
+    shares = importances(study)
+    ranked = list(shares)
     varied = [n for n in ranked if len({trial.params.get(n) for trial in complete}) > 1]
     pictures: dict[str, Callable[[], Any]] = {
         "history": lambda: _drawn("optimization_history", study)
@@ -331,7 +330,7 @@ def _pictures(study: Any) -> dict[str, Callable[[], Any]]:
         )
         pictures["contours"] = lambda: _drawn("contour", study, params=varied[:3])
     if ranked:
-        pictures["importances"] = lambda: _importance_bars(importances(study))
+        pictures["importances"] = lambda: _importance_bars(shares)
     return pictures
 
 
@@ -384,9 +383,9 @@ def summary(folder: Path, study: Any, *, best: int = 5) -> str:
     lines.append(
         f"{count['complete']} trials completed, {count['pruned']} pruned, {count['fail']} failed"
     )
-    shares = [f"{name} {share:.2f}" for name, share in importances(study).items()]
-    if shares:
-        lines.append(f"what mattered: {', '.join(shares)}")
+    mattered = [f"{name} {share:.2f}" for name, share in importances(study).items()]
+    if mattered:
+        lines.append(f"what mattered: {', '.join(mattered)}")
     return "\n".join(lines)
 
 

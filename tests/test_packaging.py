@@ -37,7 +37,6 @@ FLOORS = [
         "count_distributions",
         "tables",
         "priors",
-        "site_priors",
         "codebooks",
         "flows",
         "mixtures",

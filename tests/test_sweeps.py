@@ -153,6 +153,7 @@ def test_another_sweep_in_the_folder_is_refused_with_the_difference(folder, tmp_
         (["--search", "model.activation=silu|3", "--confirm", "-1"], "--confirm takes"),
         (["--search", "guide=gaussian|gausian"], "gaussian"),
         (["--search", "objective.alpha=1..4"], "no option"),
+        (["--search", "lr=0.1..0.2", "--resume", "out"], "leave --resume out"),
         (["--search", "lr=0.1..0.2", "--storage", "nonsense://x"], "cannot be used"),
     ],
 )
