@@ -12,6 +12,7 @@ from pvae.cli import main
 FOLDER = Path(__file__).parents[1] / "examples"
 SETTINGS = {
     "own_model.py": {"epochs": 2},
+    "own_tracker.py": {"epochs": 2},
     "custom_objective.py": {"epochs": 2},
     "em_is_vi.py": {"passes": 3},
     "music.py": {"data": "scales", "epochs": 3, "z_dim": 4, "hidden": 8, "num_particles": 4},
