@@ -205,8 +205,11 @@ def work(
         except optuna.TrialPruned:
             trial.set_user_attr("seconds", time.perf_counter() - started)
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        except PvaeError as error:
-            trial.set_user_attr("reason", str(error))
+        except Exception as error:  # whatever it is, it would be the same if taken again
+            reason = (
+                str(error) if isinstance(error, PvaeError) else f"{type(error).__name__}: {error}"
+            )
+            trial.set_user_attr("reason", " ".join(reason.split()))
             diverged = isinstance(error, NonFiniteError)
             state = optuna.trial.TrialState
             study.tell(trial, state=state.PRUNED if diverged else state.FAIL)

@@ -132,6 +132,20 @@ def test_trials_that_fail_are_counted_and_say_why(folder):
         sweeps.write_results(folder, study)
 
 
+def test_an_error_that_nobody_foresaw_costs_one_trial(folder):
+    def runs_out_of_memory_once(config, report):
+        if not taken:
+            taken.append(config)
+            raise RuntimeError("out of\nmemory")
+        return bowl(config, report)
+
+    taken: list[dict] = []
+    study = run(folder, 4, runs_out_of_memory_once)
+    assert sweeps.finished(study) == len(study.trials) == 4
+    assert [row["reason"] for row in sweeps.rows(study)][0] == "RuntimeError: out of memory"
+    assert study.best_value < 0
+
+
 def test_another_sweep_in_the_folder_is_refused_with_the_difference(folder, tmp_path):
     with pytest.raises(RunError, match="epochs = 10, not 11"):
         sweeps.begin(folder, {**CONFIG, "epochs": 11}, SEARCH)
