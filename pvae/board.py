@@ -112,7 +112,7 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
         "5000 particles",
         "passes": 364, "segment": 7, "batch_size": 100, "lr": 1e-3, "eps": 1e-4, "z_dim": 50,
         "hidden": [200, 200], "activation": "tanh", "engine": "compiled", "num_particles": 5000,
-        "iterations": 30, "sizes": [5, 10, 20, 50, 100, 500],
+        "valid_particles": 500, "iterations": 30, "sizes": [5, 10, 20, 50, 100, 500],
     },
 }  # fmt: skip
 

@@ -36,7 +36,8 @@ class Result:
     Attributes:
         log_p: ``(N,)`` log density of each test datum, float64.
         kind: ``"exact"``, ``"estimate"`` or ``"lower bound"``.
-        valid_mean: Mean log density of the validation data, by the same method.
+        valid_mean: Mean log density of the validation data, by the same method (``reduced``: with a
+            tenth of the particles).
         unreliable: Share of test data with k-hat above 0.7; ``None`` where nothing was drawn.
         num_parameters: Fitted numbers.
         seconds: Time of the fit and of the scores.
@@ -106,10 +107,11 @@ def _write(
     from pvae import compare
     from pvae.checkpoints import save_tensors
 
-    draws = config["training"]["num_particles"] if "training" in config else 1
-    how = {"num_particles": draws, "seed": config["seed"]}
-    test = compare({"cell": entry}, dataset.test, **how)
-    valid = compare({"cell": entry}, dataset.valid, **how)
+    training = config.get("training", {"num_particles": 1})
+    draws, seed = training["num_particles"], config["seed"]
+    fewer = training.get("valid_particles", draws)  # for the table alone: it chooses nothing
+    test = compare({"cell": entry}, dataset.test, num_particles=draws, seed=seed)
+    valid = compare({"cell": entry}, dataset.valid, num_particles=fewer, seed=seed)
     row = test["cell"]
     is_drawn = row.unreliable is not None
     save_tensors(folder, {"log_p": test.evidence["cell"].log_evidence}, {"units": "nats"})
