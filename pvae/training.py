@@ -15,6 +15,7 @@ from typing import Any
 import pyro
 import torch
 
+from pvae.allocation import keep_large_blocks
 from pvae.alternation import Alternate, as_alternate, split
 from pvae.checkpoints import (
     fingerprint,
@@ -157,6 +158,7 @@ def fit(
     where = device_of(device)
     _check_on_nan(on_nan, where)
     group = join(where)
+    keep_large_blocks()
     pieces = _check_parts(parts, batch_size, goal, engine, group)
     with contextlib.ExitStack() as stack:
         if group is not None:

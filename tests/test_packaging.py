@@ -15,7 +15,16 @@ import pvae
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"contexts", "errors", "inversion", "launchers", "published", "rewrites", "seeds"},
+    {
+        "allocation",
+        "contexts",
+        "errors",
+        "inversion",
+        "launchers",
+        "published",
+        "rewrites",
+        "seeds",
+    },
     {
         "distributed",
         "log_weights",

@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from pvae.allocation import keep_large_blocks
 from pvae.errors import NonFiniteError, PvaeError
 
 __all__ = [
@@ -208,6 +209,7 @@ class EM:
             PvaeError: The objective fell, which is a fault; the message names the component.
             NonFiniteError: A row has a log density that is not finite.
         """
+        keep_large_blocks()
         start = Fit(weights, parameters)
         return self._stepwise(family, x, start) if self.batch_size else self._full(family, x, start)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae import log_weights as algebra
+from pvae.allocation import keep_large_blocks
 from pvae.data import as_batch, num_rows, take
 from pvae.errors import OptionError, ProgramError
 from pvae.evidence.sweep import Sweep, tensors_of
@@ -175,6 +176,7 @@ def evaluation(model: Any, guide: Any, *, seed: int, device: torch.device) -> It
     """No gradients, evaluation mode, Pyro's checks off, and a random stream of its own."""
     import pyro
 
+    keep_large_blocks()
     modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
     training = [(m, m.training) for module in modules for m in module.modules()]
     devices = [device] if device.type == "cuda" else []
