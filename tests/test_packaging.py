@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import os
 import subprocess
 import sys
 import time
@@ -158,6 +160,22 @@ def test_imports_point_downward():
     assert seen > 30
 
 
+@pytest.mark.parametrize(
+    "package", sorted(p.parent for p in ROOT.glob("pvae/*/__init__.py")), ids=lambda p: p.name
+)
+def test_modules_of_a_package_import_one_way(package):
+    graph = {}
+    for path in package.glob("*.py"):
+        imports = ast.walk(ast.parse(path.read_text()))
+        graph[path.stem] = {
+            node.module.split(".")[2]
+            for node in imports
+            if isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith(f"pvae.{package.name}.")
+        }
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
 def test_wheel_holds_pvae_alone(tmp_path):
     command = [
         sys.executable,
@@ -169,7 +187,10 @@ def test_wheel_holds_pvae_alone(tmp_path):
         tmp_path,
         ROOT,
     ]
-    subprocess.run([str(c) for c in command], check=True, capture_output=True)
+    aside = tmp_path / "aside.cfg"  # what an earlier build left in the tree is not taken along
+    aside.write_text(f"[build]\nbuild_base = {tmp_path / 'build'}\n")
+    environment = {**os.environ, "DIST_EXTRA_CONFIG": str(aside)}
+    subprocess.run([str(c) for c in command], check=True, capture_output=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith("pvae_toolkit-")
     names = zipfile.ZipFile(wheel).namelist()
