@@ -176,6 +176,25 @@ def test_modules_of_a_package_import_one_way(package):
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_module_takes_what_is_private_to_another():
+    for path, _ in _modules():
+        tree = ast.parse(path.read_text())
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        ours = [n for n in imports if (n.module or "").split(".")[0] == "pvae"]
+        private = [a.name for n in ours for a in n.names if _is_private(a.name)]
+        assert not private, f"{path.relative_to(ROOT)} imports {private}"
+        modules = {a.asname or a.name for n in ours for a in n.names if _floor(a.name) is not None}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert not (node.value.id in modules and _is_private(node.attr)), (
+                    f"{path.relative_to(ROOT)} reaches for {node.value.id}.{node.attr}"
+                )
+
+
 def test_wheel_holds_pvae_alone(tmp_path):
     command = [
         sys.executable,
