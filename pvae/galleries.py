@@ -16,21 +16,16 @@ from torch import Tensor
 from pvae.errors import DataError
 from pvae.latent_paths import Traversal
 from pvae.out_of_distribution import Detection
-from pvae.plots import (
-    _COLOURS,
-    _aspect,
-    _figure,
-    _grey_range,
-    _grid,
-    _images,
-    _matrix,
-    _mosaic,
-    _numbers,
-    _picture,
-    _polish,
-    _rows_and_columns,
-    _words,
+from pvae.plots.arrays import as_array, as_matrix
+from pvae.plots.figures import (
+    COLOURS,
+    empty_figure,
+    grid_of_axes,
+    polish,
+    rows_and_columns,
+    shortened,
 )
+from pvae.plots.images import aspect_ratio, grey_range, show_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,11 +54,11 @@ def sample_grid(
     across = math.ceil(math.sqrt(len(x))) if columns is None else columns
     down = math.ceil(len(x) / across)
     size = min(_WIDTH, 0.75 * across)
-    figure, (axes,) = _grid(
-        1, 1, width=size, height=size * _aspect(image_shape) * down / across + 0.3
+    figure, (axes,) = grid_of_axes(
+        1, 1, width=size, height=size * aspect_ratio(image_shape) * down / across + 0.3
     )
-    _picture(axes, _mosaic(_images(x, image_shape), across), *_grey_range(x))
-    axes.set_title(_words(title, 70), fontsize=10)
+    show_images(axes, x, image_shape, across, *grey_range(x))
+    axes.set_title(shortened(title, 70), fontsize=10)
     return figure
 
 
@@ -84,8 +79,8 @@ def pairs(
     x, y = _some(data), _some(reconstructed)
     if x.shape != y.shape:
         raise DataError(f"a reconstruction of each datum is needed, got {y.shape} for {x.shape}")
-    low, high = _grey_range(x)
-    figure = _figure(_WIDTH, 1.0)
+    low, high = grey_range(x)
+    figure = empty_figure(_WIDTH, 1.0)
     grid = figure.subplots(1, columns, squeeze=False)[0]
     down = math.ceil(len(x) / columns)
     for k, axes in enumerate(grid):
@@ -95,8 +90,8 @@ def pairs(
             continue
         both = np.stack([x[rows], y[rows]], 1).reshape(-1, x.shape[1])
         blank = np.full((2 * (down - len(rows)), x.shape[1]), np.nan)
-        _picture(axes, _mosaic(_images(np.concatenate([both, blank]), image_shape), 2), low, high)
-    height = 0.88 * _WIDTH / columns / 2 * _aspect(image_shape) * down
+        show_images(axes, np.concatenate([both, blank]), image_shape, 2, low, high)
+    height = 0.88 * _WIDTH / columns / 2 * aspect_ratio(image_shape) * down
     figure.set_size_inches(_WIDTH, height + 0.4)
     engine: Any = figure.get_layout_engine()
     engine.set(wspace=0.12)  # pairs stand apart
@@ -121,18 +116,20 @@ def interpolations(decoded: Tensor, image_shape: Sequence[int] | None = None) ->
     if image_shape is None:
         return _table_paths(x[:, :count])
     flat = np.moveaxis(x[:, :count], 0, 1).reshape(count * steps, -1)
-    height = _WIDTH * _aspect(image_shape) * count / steps + 0.3
-    figure, (axes,) = _grid(1, 1, width=_WIDTH, height=height)
-    _picture(axes, _mosaic(_images(flat, image_shape), steps), *_grey_range(flat))
+    height = _WIDTH * aspect_ratio(image_shape) * count / steps + 0.3
+    figure, (axes,) = grid_of_axes(1, 1, width=_WIDTH, height=height)
+    show_images(axes, flat, image_shape, steps, *grey_range(flat))
     axes.set_title("from one reconstruction (left) to another (right)", fontsize=10)
     return figure
 
 
 def _table_paths(x: Any) -> Figure:
     steps, count = x.shape[:2]
-    rows, columns = _rows_and_columns(count)
-    figure, grid = _grid(rows, columns, width=2.4 * columns, height=2.6 * rows + 0.4, bare=False)
-    low, high = _grey_range(x)
+    rows, columns = rows_and_columns(count)
+    figure, grid = grid_of_axes(
+        rows, columns, width=2.4 * columns, height=2.6 * rows + 0.4, bare=False
+    )
+    low, high = grey_range(x)
     for k, axes in enumerate(grid[:count]):
         axes.grid(visible=False)
         shown = axes.imshow(x[:, k].T, aspect="auto", vmin=low, vmax=high, cmap="viridis")
@@ -163,7 +160,7 @@ def traversals(
     """
     if site not in traversal.decoded:
         raise DataError(f"no observed site is called {site!r}: {', '.join(traversal.decoded)}")
-    values = _numbers(traversal.decoded[site]).astype(float)
+    values = as_array(traversal.decoded[site]).astype(float)
     if not 0 <= datum < values.shape[2]:
         raise DataError(f"the traversal is of {values.shape[2]} data, got datum {datum}")
     x = values[:, :, datum].reshape(*values.shape[:2], -1)  # (L, T, D)
@@ -174,11 +171,10 @@ def traversals(
         return _table_effects(x[order], [names[k] for k in order])
     steps, count = x.shape[1], len(order)
     flat = x[order].reshape(count * steps, -1)
-    height = (_WIDTH - 1) * _aspect(image_shape) * count / steps + 0.6
-    figure, (axes,) = _grid(1, 1, width=_WIDTH, height=height)
-    mosaic = _mosaic(_images(flat, image_shape), steps)
-    _picture(axes, mosaic, *_grey_range(flat))
-    pitch = mosaic.shape[0] / count, mosaic.shape[1] / steps
+    height = (_WIDTH - 1) * aspect_ratio(image_shape) * count / steps + 0.6
+    figure, (axes,) = grid_of_axes(1, 1, width=_WIDTH, height=height)
+    height, width = show_images(axes, flat, image_shape, steps, *grey_range(flat))
+    pitch = height / count, width / steps
     axes.set_yticks([(k + 0.5) * pitch[0] for k in range(count)], [names[k] for k in order])
     ends = (0, steps // 2, steps - 1)
     quantiles = [f"{100 * float(traversal.quantiles[k]):.3g} %" for k in ends]
@@ -190,7 +186,7 @@ def traversals(
 
 def _table_effects(x: Any, names: Sequence[str]) -> Figure:
     change = x[:, -1] - x[:, 0]
-    figure = _figure(_WIDTH, 1.4 + 0.32 * len(names))
+    figure = empty_figure(_WIDTH, 1.4 + 0.32 * len(names))
     axes = figure.subplots()
     most = max(float(np.abs(change).max()), 1e-12)
     shown = axes.imshow(change, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
@@ -213,18 +209,18 @@ def scores(detections: Mapping[str, Detection]) -> Figure:
     """
     if not detections:
         raise DataError("there is no score to draw: pass what detect returned")
-    rows, columns = _rows_and_columns(len(detections))
-    figure, grid = _grid(rows, columns, width=4.2 * columns, height=3.2 * rows, bare=False)
+    rows, columns = rows_and_columns(len(detections))
+    figure, grid = grid_of_axes(rows, columns, width=4.2 * columns, height=3.2 * rows, bare=False)
     for axes, (name, found) in zip(grid, detections.items(), strict=False):
-        sets = {"inside": _numbers(found.inside), "outside": _numbers(found.outside)}
+        sets = {"inside": as_array(found.inside), "outside": as_array(found.outside)}
         low = min(float(np.quantile(x, 0.005)) for x in sets.values())
         high = max(float(np.quantile(x, 0.995)) for x in sets.values())
         edges = np.linspace(low, high if high > low else low + 1, 41)
-        for (label, x), colour in zip(sets.items(), _COLOURS, strict=False):
+        for (label, x), colour in zip(sets.items(), COLOURS, strict=False):
             shares = np.full(len(x), 1 / len(x))
             kept = np.clip(x, edges[0], edges[-1])
             axes.hist(kept, edges, weights=shares, color=colour, alpha=0.55, label=label)
-        axes.set(xlabel=f"score by {_words(name)} (nats)", ylabel="share of the data")
+        axes.set(xlabel=f"score by {shortened(name)} (nats)", ylabel="share of the data")
         axes.set_title(f"AUROC {found.auroc.value:.3f} ± {found.auroc.stderr:.3f}", fontsize=10)
         axes.legend(frameon=False, fontsize=9)
     for axes in grid[len(detections) :]:
@@ -242,17 +238,17 @@ def importances(importance: Any, factors: Sequence[str]) -> Figure:
     Raises:
         DataError: There is not one name for each factor.
     """
-    table = _matrix(importance)
+    table = as_matrix(importance)
     if table.shape[1] != len(factors):
         raise DataError(
             f"importance of {table.shape[1]} factors needs as many names, got {factors}"
         )
-    figure = _figure(1.8 + 0.75 * len(factors), 1.3 + 0.3 * len(table))
+    figure = empty_figure(1.8 + 0.75 * len(factors), 1.3 + 0.3 * len(table))
     axes = figure.subplots()
-    _polish(axes)
+    polish(axes)
     axes.grid(visible=False)
     shown = axes.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(factors)), [_words(name, 12) for name in factors], fontsize=9)
+    axes.set_xticks(range(len(factors)), [shortened(name, 12) for name in factors], fontsize=9)
     axes.set_yticks(range(len(table)))
     axes.set(ylabel="latent dimension")
     figure.colorbar(shown, ax=axes, label="importance")
@@ -260,14 +256,14 @@ def importances(importance: Any, factors: Sequence[str]) -> Figure:
 
 
 def _some(values: Tensor) -> Any:
-    found = _matrix(values)
+    found = as_matrix(values)
     if len(found) == 0:
         raise DataError("there is nothing to draw: pass at least one row")
     return found
 
 
 def _steps(decoded: Tensor) -> Any:
-    found = _numbers(decoded).astype(float)
+    found = as_array(decoded).astype(float)
     if found.ndim < 3 or found.size == 0:
         raise DataError(
             f"paths are (steps, data, features), got {tuple(found.shape)}: pass one observed site "

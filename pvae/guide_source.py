@@ -98,7 +98,7 @@ def source(guide: Any) -> str:
     """The source of a derived guide, see :meth:`pvae.guides.derived.Auto.source`."""
     program = _Program(guide)
     body = program.text()
-    activations = {name: cls.__name__ for name, cls in networks._ACTIVATIONS.items()}
+    activations = {name: cls.__name__ for name, cls in networks.ACTIVATIONS.items()}
     used = [f'"{name}": nn.{cls}' for name, cls in activations.items() if f"{name!r}" in body]
     header = _HEADER.format(
         title="A guide, derived from its model.",

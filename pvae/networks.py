@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pvae.errors import OptionError, did_you_mean
 
-__all__ = ["MLP", "Encoder", "activation_module", "join", "one_hot"]
+__all__ = ["ACTIVATIONS", "MLP", "Encoder", "activation_module", "join", "one_hot"]
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
     "leaky_relu": nn.LeakyReLU,
@@ -28,9 +28,9 @@ def activation_module(name: str) -> nn.Module:
     Raises:
         OptionError: there is none of that name.
     """
-    if name not in _ACTIVATIONS:
-        raise OptionError(f"no activation is called {name!r}: {did_you_mean(name, _ACTIVATIONS)}")
-    return _ACTIVATIONS[name]()
+    if name not in ACTIVATIONS:
+        raise OptionError(f"no activation is called {name!r}: {did_you_mean(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
 
 
 class MLP(nn.Sequential):

@@ -23,6 +23,7 @@ from pvae.evidence import annealing, hamiltonian, importance_upper, simulate
 from pvae.evidence.hamiltonian import move as right_move
 from pvae.evidence.importance import evaluation
 from pvae.evidence.paths import Path, Point
+from pvae.particles import unconstrained
 
 bounds = sys.modules["pvae.evidence.sandwich"]  # the package's names of these are functions
 resampling = sys.modules["pvae.evidence.smc"]
@@ -183,7 +184,7 @@ def test_wrong_moves_fail(name):
 
 
 def jacobian(factor):
-    right = waist._Unconstrained._pyro_sample
+    right = unconstrained._Unconstrained._pyro_sample
 
     def place(self, msg):
         right(self, msg)
@@ -195,7 +196,7 @@ def jacobian(factor):
 
 @pytest.mark.parametrize("factor", [0.0, -1.0], ids=["left out", "sign"])
 def test_wrong_jacobians_fail(factor, monkeypatch):
-    monkeypatch.setattr(waist._Unconstrained, "_pyro_sample", jacobian(factor))
+    monkeypatch.setattr(unconstrained._Unconstrained, "_pyro_sample", jacobian(factor))
     with pytest.raises(AssertionError):
         check_move(right_move)
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import pvae
-from pvae import plots
 from pvae.autoregressive import Autoregressive
 from pvae.convolutions import ConvolutionalDecoder, ConvolutionalEncoder, image_shape_of
 from pvae.distributions import DiscretizedLogistic
@@ -18,6 +17,7 @@ from pvae.errors import OptionError
 from pvae.guides.conv import Conv as ConvGuide
 from pvae.logistic_mixture import DiscretizedLogisticMixture, mixture_size, pixel_mixture
 from pvae.models.conv import Conv
+from pvae.plots.images import as_images
 
 SHAPES = [(28, 28), (7, 10), (3, 8, 6), (8, 6, 3), (1, 5, 5), (9, 9, 4)]
 
@@ -31,7 +31,7 @@ def test_rows_become_images_and_rows_again(shape):
     assert images.shape == (6, image.channels, image.height, image.width)
     assert torch.equal(image.to_rows(images, (2, 3)), rows)
     if image.channels in (1, 3):  # what the figures show is what the networks see
-        shown = torch.as_tensor(plots._images(rows.flatten(0, 1).numpy(), shape))
+        shown = torch.as_tensor(as_images(rows.flatten(0, 1).numpy(), shape))
         shown = shown[:, None] if shown.ndim == 3 else shown.movedim(-1, 1)
         assert torch.equal(images, shown)
 

@@ -418,9 +418,9 @@ def test_score_that_is_scaled_fails(monkeypatch):
 
 
 def test_model_weighed_at_other_draws_fails(monkeypatch):
-    from pvae import particles as waist
+    from pvae.particles import drawing
 
-    right = waist._run_model
+    right = drawing.replay
 
     def other_draws(model, batch, values, num_particles, layout):
         moved = {
@@ -430,7 +430,7 @@ def test_model_weighed_at_other_draws_fails(monkeypatch):
         return right(model, batch, moved, num_particles, layout)
 
     check_gradient(OneSite(), elbo, pathwise)
-    monkeypatch.setattr(waist, "_run_model", other_draws)
+    monkeypatch.setattr(drawing, "replay", other_draws)
     with pytest.raises(AssertionError):
         check_gradient(OneSite(), elbo, pathwise)
 

@@ -9,7 +9,6 @@ from PIL import Image
 from test_sprites import _Opened
 
 import pvae
-from pvae import plots
 from pvae.data import sprites as named
 from pvae.data.sprites import factors, sprites_32, sprites_video
 from pvae.data.videos import (
@@ -23,6 +22,7 @@ from pvae.errors import DataError, OptionError, ProgramError
 from pvae.guides.disentangled_sequence import DisentangledSequence as Guide
 from pvae.models.disentangled_sequence import DisentangledSequence as Model
 from pvae.models.vae import VAE
+from pvae.plots.images import as_images, aspect_ratio
 
 SHAPE = (4, 2, 6, 5)
 
@@ -244,10 +244,10 @@ def test_a_contact_sheet_shows_every_frame_at_its_place(tmp_path):
 
 def test_pictures_of_videos_have_their_frames_side_by_side():
     x = np.random.default_rng(0).random((2, 3, 3, 4, 5))
-    images = plots._images(x.reshape(2, -1), x.shape[1:])
+    images = as_images(x.reshape(2, -1), x.shape[1:])
     assert images.shape == (2, 4, 15, 3)
     assert (images[1, :, 5:10] == x[1, 1].transpose(1, 2, 0)).all()
-    assert plots._aspect(x.shape[1:]) == pytest.approx(4 / 15)
+    assert aspect_ratio(x.shape[1:]) == pytest.approx(4 / 15)
 
 
 def test_files_that_cannot_be_used_are_left_out_with_a_sentence(tmp_path):

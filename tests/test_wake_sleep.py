@@ -42,7 +42,7 @@ from pvae.guides.exact import Exact
 from pvae.models.factor_analysis import FactorAnalysis
 from pvae.models.gaussian_mixture import GaussianMixture
 from pvae.objectives import as_objective
-from pvae.particles import parameters
+from pvae.particles import drawing, parameters, simulation
 
 
 class Affine(Pair):
@@ -455,27 +455,27 @@ def test_gradient_of_the_bound_is_not_wake_phi():
 
 def awake(model, guide, batch, layout):
     """Dreams of the model's latents beside the data of the batch."""
-    latents, _ = pvae.particles._simulate(model, batch, layout.entries, {})
+    latents, _ = simulation.simulated(model, batch, layout.entries, {})
     return pvae.particles.log_guide(guide, batch, latents, 1, layout)
 
 
 def of_the_guide(model, guide, batch, layout):
     """The guide's own latents, and data that the model draws given them."""
-    latents, _ = pvae.particles._simulate(guide, batch, {}, {})
-    _, dreamt = pvae.particles._simulate(model, batch, layout.entries, latents)
+    latents, _ = simulation.simulated(guide, batch, {}, {})
+    _, dreamt = simulation.simulated(model, batch, layout.entries, latents)
     return pvae.particles.log_guide(guide, dreamt, latents, 1, layout)
 
 
 def two_nights(model, guide, batch, layout):
     """Latents of one dream beside the data of another."""
-    latents, _ = pvae.particles._simulate(model, batch, layout.entries, {})
-    _, dreamt = pvae.particles._simulate(model, batch, layout.entries, {})
+    latents, _ = simulation.simulated(model, batch, layout.entries, {})
+    _, dreamt = simulation.simulated(model, batch, layout.entries, {})
     return pvae.particles.log_guide(guide, dreamt, latents, 1, layout)
 
 
 @pytest.mark.parametrize("mutant", [awake, of_the_guide, two_nights])
 def test_wrong_dreams_fail(mutant, monkeypatch):
-    monkeypatch.setattr(pvae.particles, "_dream", mutant)
+    monkeypatch.setattr(drawing, "log_dreams", mutant)
     with pytest.raises(AssertionError):
         check_sleep(sleep_phi)
 

@@ -1,0 +1,94 @@
+"""Log densities of a trace's sites, summed to one number for each particle and datum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.particles.plates import count_data
+from pvae.particles.supports import support_of, values_inside
+from pvae.particles.traces import masks_of, plate_frames, random_nodes
+from pvae.particles.types import Batch, Layout, sum_terms
+
+
+def node_log_prob(node: Any, value: Tensor | None = None) -> Tensor:
+    """Unscaled log density of a site, zero where it is masked out."""
+    value = _filled(node) if value is None else value
+    log_prob: Tensor = node["fn"].log_prob(value, *node["args"], **node["kwargs"])
+    mask = node["mask"]
+    if mask is None or mask is True:
+        return log_prob
+    if mask is False:
+        return torch.zeros_like(log_prob)
+    return torch.where(mask, log_prob, log_prob.new_zeros(()))
+
+
+def _filled(node: Any) -> Any:
+    """A site's value; data that are masked out give way to a value inside the support.
+
+    A NaN there would survive the mask in the gradient, zero times NaN being NaN.
+    """
+    value = node["value"]
+    if not node["is_observed"]:
+        return value
+    for mask, event_dim in masks_of(node):
+        if isinstance(mask, Tensor):
+            inside = values_inside(support_of(node["fn"]), value)
+            value = torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, inside)
+    return value
+
+
+def sum_inner_plates(log_prob: Tensor, layout: Layout, num_particles: int, num_data: int) -> Tensor:
+    """Sum a site over its inner plates: batch shape -> ``(K, B)``."""
+    padded = log_prob.reshape((1,) * (-layout.particle_dim - log_prob.dim()) + log_prob.shape)
+    data_dim = padded.dim() + layout.data_dim
+    inner = [d for d in range(1, padded.dim()) if d != data_dim]
+    summed = padded.sum(inner) if inner else padded
+    return summed.expand(num_particles, num_data)
+
+
+def _is_local(name: str, node: Any, log_prob: Tensor, layout: Layout, num_data: int) -> bool:
+    if name in layout.globals:
+        return False
+    if any(frame.dim == layout.data_dim for frame in plate_frames(node)):
+        return True
+    return log_prob.dim() >= -layout.data_dim and log_prob.shape[layout.data_dim] == num_data > 1
+
+
+def node_term(
+    name: str,
+    node: Any,
+    layout: Layout,
+    num_particles: int,
+    num_data: int,
+    value: Tensor | None = None,
+) -> Tensor:
+    """A site's log density: ``(K, B)`` inside the data plate, ``(K,)`` outside."""
+    log_prob = node_log_prob(node, value)
+    if _is_local(name, node, log_prob, layout, num_data):
+        return sum_inner_plates(log_prob, layout, num_particles, num_data)
+    at_particles = log_prob.dim() == -layout.particle_dim
+    return (log_prob.flatten(1).sum(1) if at_particles else log_prob.sum()).expand(num_particles)
+
+
+def node_terms(
+    sites: Mapping[str, Any], layout: Layout, num_particles: int, num_data: int
+) -> dict[str, Tensor]:
+    """Site -> :func:`node_term`."""
+    return {
+        name: node_term(name, node, layout, num_particles, num_data) for name, node in sites.items()
+    }
+
+
+def local_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of :func:`node_terms` that are inside the data plate, ``(K, B)``."""
+    return {name: term for name, term in terms.items() if term.dim() == 2}
+
+
+def log_density(trace: Any, layout: Layout, num_particles: int, batch: Batch) -> Tensor:
+    """Sum of a trace's log densities inside the data plate, unscaled: ``(K, B)``, nats."""
+    num_data = count_data(trace, layout, batch)
+    return sum_terms(local_terms(node_terms(random_nodes(trace), layout, num_particles, num_data)))

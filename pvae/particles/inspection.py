@@ -1,0 +1,95 @@
+"""A pair looked at once: where its plates and sites lie, and whether it can work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pvae.errors import ProgramError
+from pvae.particles.batches import observed_keys
+from pvae.particles.checks import (
+    check_latent_supports,
+    check_shapes,
+    check_sites,
+    check_vectorized,
+)
+from pvae.particles.plates import find_data_plates
+from pvae.particles.running import attempt, given, quiet
+from pvae.particles.supports import base_family, check_supports, observed_supports
+from pvae.particles.traces import (
+    latent_nodes,
+    observed_nodes,
+    plate_frames,
+    random_nodes,
+    values_to_replay,
+)
+from pvae.particles.types import Batch, Layout, Program
+
+
+def inspect(
+    model: Program,
+    guide: Program,
+    batch: Batch,
+    *,
+    data_plate: str | None = None,
+    vectorize: bool = True,
+) -> Layout:
+    """Run a pair once to find its plates and sites, and refuse what cannot work.
+
+    Draws from a copy of the random state: the caller's stream is left where it was.
+
+    Raises:
+        ProgramError: The programs do not fit each other; the message names site and remedy.
+        DataError: Observed data outside the support of their likelihood.
+    """
+    with quiet(batch):
+        guide_trace = attempt("guide", guide, batch)
+        prior_trace = attempt("model", model, batch)  # on its own draws
+        check_sites(prior_trace, guide_trace)
+        check_shapes(prior_trace, guide_trace)
+        try:
+            model_trace = attempt("model", given(model, values_to_replay(guide_trace)), batch)
+        except ProgramError:
+            check_latent_supports(prior_trace, guide_trace)  # where it is the cause, it is said
+            raise
+        check_latent_supports(model_trace, guide_trace)
+        layout = _find_layout(model_trace, guide_trace, batch, data_plate, vectorize=vectorize)
+        check_supports(model_trace)
+        check_vectorized(model, guide, batch, layout)
+    return layout
+
+
+def _find_layout(
+    model_trace: Any, guide_trace: Any, batch: Batch, data_plate: str | None, *, vectorize: bool
+) -> Layout:
+    data_dim, data_plates = find_data_plates(model_trace, batch, data_plate)
+    nodes = [*random_nodes(model_trace).values(), *random_nodes(guide_trace).values()]
+    depth = max(
+        [-data_dim]
+        + [-frame.dim for node in nodes for frame in plate_frames(node)]
+        + [len(node["fn"].batch_shape) for node in nodes]
+    )
+    latents = latent_nodes(model_trace)
+    local = [
+        n for n, node in latents.items() if any(f.name in data_plates for f in plate_frames(node))
+    ]
+    drawn = [n for n in latent_nodes(guide_trace) if n in latents]
+    score_sites = {
+        n: type(base_family(node["fn"])).__name__
+        for n, node in latent_nodes(guide_trace).items()
+        if not node["fn"].has_rsample
+    }
+    observed = observed_nodes(model_trace)
+    return Layout(
+        particle_dim=-1 - depth,
+        data_dim=data_dim,
+        data_plates=data_plates,
+        latents=tuple(local),
+        globals=tuple(n for n in latents if n not in local),
+        observed=tuple(observed),
+        entries=observed_keys(observed, batch),
+        score_sites=score_sites,
+        supports=observed_supports(observed, batch),
+        in_order=drawn == list(latents),
+        vectorize=vectorize,
+        event_dims={n: node["fn"].event_dim for n, node in latent_nodes(guide_trace).items()},
+    )

@@ -1,0 +1,101 @@
+"""The values a site may take, in checks and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.errors import DataError
+from pvae.particles.batches import entries_of
+from pvae.particles.traces import masks_of, random_nodes
+from pvae.particles.types import Batch
+
+
+def base_family(distribution: Any) -> Any:
+    """A distribution from within ``independent``, ``mask`` and ``expand``."""
+    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def support_of(distribution: Any) -> Any:
+    """Its support, or ``None``."""
+    try:
+        return distribution.support
+    except NotImplementedError:  # a user's own distribution need not declare one
+        return None
+
+
+def unit_support(support: Any) -> Any:
+    """A constraint on single numbers, from within ``independent``."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def in_words(support: Any) -> str:
+    """A support as a message names it."""
+    unit = unit_support(support)
+    words = str(unit).removesuffix("()")
+    return words if len(words) < 60 else type(unit).__name__  # bounds that differ between data
+
+
+def values_inside(support: Any, value: Tensor) -> Tensor:
+    """Values inside a support, of the shape of ``value``; ``value`` itself where none is known."""
+    unit = unit_support(support)
+    if getattr(unit, "is_discrete", False):
+        return torch.zeros_like(value) + getattr(unit, "lower_bound", 0)
+    try:
+        inside: Tensor = torch.distributions.transform_to(support)(torch.zeros_like(value))
+    except (NotImplementedError, AttributeError):
+        return value
+    return inside
+
+
+def _checkable_support(node: Any) -> Any:
+    """A site's support; ``None`` where some of its data are masked out, or none is declared."""
+    return None if masks_of(node) else support_of(node["fn"])
+
+
+def observed_supports(observed: Mapping[str, Any], batch: Batch) -> dict[str, tuple[Any, Any]]:
+    """Observed site -> (key, support) where its value is a tensor of the batch itself."""
+    return {
+        name: (key, support)
+        for name, node in observed.items()
+        for key, value in entries_of(batch)
+        if node["value"] is value and (support := _checkable_support(node)) is not None
+    }
+
+
+def check_supports(model_trace: Any) -> None:
+    """Refuse observed data outside their likelihood's support, see :func:`check_support`."""
+    for name, node in random_nodes(model_trace).items():
+        support = _checkable_support(node) if node["is_observed"] else None
+        if support is not None:
+            check_support(name, support, torch.as_tensor(node["value"]), base_family(node["fn"]))
+
+
+def check_support(name: str, support: Any, value: Tensor, family: Any = None) -> None:
+    """Refuse observed values outside the support of their likelihood.
+
+    Raises:
+        DataError: names the site, the first offending row and value, and what would help.
+    """
+    inside = support.check(value)
+    if bool(inside.all()):
+        return
+    row = int((~inside).nonzero()[0][0])
+    cells = value[row].reshape(-1)
+    unit = unit_support(support)
+    outside = cells[~unit.check(cells).reshape(-1)] if cells.numel() else cells
+    worst = f"{float(outside[0]):g}" if outside.numel() else "a value outside it"
+    likelihood = f"the {type(family).__name__} likelihood of " if family is not None else ""
+    hint = "; binarise the data (binarize='dynamic') or use continuous_bernoulli or gaussian"
+    is_binary = str(unit).startswith("Boolean")
+    raise DataError(
+        f"{likelihood}site {name!r} takes values in {in_words(support)}, row {row} of the "
+        f"data has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
+    )
