@@ -178,7 +178,7 @@ PLAN = pvae.Alternate(e_steps=2, m_steps=1, epochs=2)
 @pytest.mark.parametrize("objective", [pvae.vae(), pvae.rws(3)], ids=["vae", "rws"])
 def test_staged_and_compiled_take_the_steps_of_eager(objective, monkeypatch):
     """Compiled with the optimisers in the graphs, the compiler itself left out for speed."""
-    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
     expected, _ = fitted("eager", objective, PLAN)
     for engine in ("staged", "compiled"):
         found, run = fitted(engine, objective, PLAN)

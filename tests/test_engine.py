@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import pvae
-import pvae.engine
 from pvae.engine import Auto, Eager, Problem, Staged, build_optimizer, mix
 from pvae.errors import NonFiniteError
 from pvae.gradients import mixed, score_function
@@ -120,14 +119,14 @@ def test_every_optimizer_moves_alike_in_and_after_the_graph(optimizer, options, 
     eager = take_steps(Eager(make_problem(**given)), count=8)
     after = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=False), count=8)
     assert_same(eager, after, 1e-9)
-    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
     inside = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=True), count=8)
     assert_same(eager, inside, 1e-9)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_clipping_weights_and_partial_batches(compiled, monkeypatch):
-    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
     given = {"clip_norm": 0.5, "objective": pvae.iwae(3)}
     eager = Eager(make_problem(**given))
     staged = Staged(make_problem(**given), torch.arange(10), compiled=compiled)
@@ -365,11 +364,12 @@ def test_double_precision_is_never_rounded():
 def test_a_graph_is_made_once_whatever_the_epochs_bring(monkeypatch):
     """Schedules, partial batches and validation never trace or compile again."""
     calls = []
-    real = pvae.engine.capture
+    real = pvae.engine.staged.capture
     monkeypatch.setattr(
-        pvae.engine, "capture", lambda *given, **named: calls.append(1) or real(*given, **named)
+        "pvae.engine.staged.capture",
+        lambda *given, **named: calls.append(1) or real(*given, **named),
     )
-    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: calls.append(2) or graph)
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: calls.append(2) or graph)
     model, guide = make_pair()
     objective = pvae.beta_vae(Linear(steps=20))
     pvae.fit(model, guide, data(37), valid=data(5), objective=objective, epochs=6, batch_size=10,
@@ -436,7 +436,7 @@ def test_dict_and_tuple_batches_are_staged():
 
 
 def test_a_cuda_graph_without_cuda_says_so_and_trains(capsys, monkeypatch):
-    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
     model, guide = make_pair()
     run = pvae.fit(model, guide, data(), epochs=1, batch_size=10, engine="cudagraph", device="cpu")
     assert run.engine == "compiled (a CUDA graph needs a CUDA device, and this is cpu)"

@@ -284,7 +284,7 @@ def take_steps(kind, objective, make):
      ("mcem", "mixture")],
 )  # fmt: skip
 def test_staged_equals_eager(name, kind, monkeypatch):
-    monkeypatch.setattr(pvae.engine, "lower", lambda graph, inputs: graph)
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
     eager = take_steps(kind, RECIPES[name], Eager)
     for compiled in (False, True):  # True: with the optimiser in the graph, but no compiler
         make = lambda p, c=compiled: Staged(p, torch.arange(10), compiled=c)  # noqa: E731

@@ -1,0 +1,60 @@
+"""Optimisers by name, class or instance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.errors import OptionError, did_you_mean
+
+
+def build_optimizer(
+    optimizer: str | type[torch.optim.Optimizer] | torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    *,
+    lr: float,
+    options: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """One optimiser over all parameters, fused where torch has it so.
+
+    Args:
+        optimizer: A name from ``torch.optim`` in small letters (adam, adamw, sgd, rmsprop, …), a
+            class, or an instance, which is taken as it is.
+        parameters: What it updates.
+        lr: Learning rate.
+        options: Further arguments of its constructor (``{"momentum": 0.9}``).
+
+    Raises:
+        OptionError: there is none of that name, or it does not take the options.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if not lr > 0:
+        raise OptionError(f"lr must be positive, got {lr}")
+    kind: Any = optimizer if isinstance(optimizer, type) else _optimizer_class(optimizer)
+    given = dict(options or {})
+    try:
+        if "fused" in kind.__init__.__code__.co_varnames and not {"fused", "foreach"} & set(given):
+            given = {"fused": True, **given}
+        built: torch.optim.Optimizer = kind(parameters, lr=lr, **given)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{kind.__name__} refused its options {given}: {error}") from error
+    return built
+
+
+def _optimizer_class(name: str) -> Any:
+    known = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and key != "Optimizer"
+    }
+    unfit = {"lbfgs", "sparseadam", "muon"}  # a closure, sparse gradients, matrices only
+    known = {key: value for key, value in known.items() if key not in unfit}
+    if name.lower() not in known:
+        raise OptionError(f"no optimizer is called {name!r}: {did_you_mean(name, known)}")
+    return known[name.lower()]
