@@ -117,6 +117,14 @@ def test_unknown_public_name_is_an_attribute_error():
 def test_every_module_lists_its_public_names(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "a module says what is in it"
+    names = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert "__all__" in names or path.name == "__main__.py" or path.parent.is_symlink()
 
 
 def _modules():

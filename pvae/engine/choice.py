@@ -18,6 +18,8 @@ from pvae.staging import (
     StagingError,
 )
 
+__all__ = ["Auto", "stage"]
+
 
 def stage(
     engine: str,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pvae.engine.problem import Problem, metrics
 from pvae.parts import step_in_parts
 
+__all__ = ["Eager", "Step"]
+
 
 class Step(Protocol):
     """One optimisation step; ``name`` and ``reason`` say which engine took it and why."""

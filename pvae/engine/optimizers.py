@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pvae.errors import OptionError, did_you_mean
 
+__all__ = ["build_optimizer"]
+
 
 def build_optimizer(
     optimizer: str | type[torch.optim.Optimizer] | torch.optim.Optimizer,

@@ -17,6 +17,8 @@ from pvae.particles import Layout, module_of
 from pvae.precision import precision_context
 from pvae.seeds import seed_noise
 
+__all__ = ["METRICS", "Problem", "metrics"]
+
 METRICS = ("bound", "elbo", "reconstruction", "kl")
 
 

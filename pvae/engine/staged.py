@@ -22,6 +22,8 @@ from pvae.staging import (
     lower,
 )
 
+__all__ = ["Staged"]
+
 
 class Staged:
     """The step as one graph of tensor operations, traced once through Pyro's handlers.

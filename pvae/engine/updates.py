@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["Update"]
+
 
 class Update:
     """A torch optimiser's update as tensor operations, on that optimiser's own state."""

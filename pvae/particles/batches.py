@@ -10,6 +10,8 @@ from torch import Tensor
 from pvae.errors import ProgramError
 from pvae.particles.types import Batch
 
+__all__ = ["arguments", "entries_of", "leading_size", "observed_keys", "tensors_of", "with_entries"]
+
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch as positional and keyword arguments of a program."""

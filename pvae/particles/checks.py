@@ -14,6 +14,8 @@ from pvae.particles.supports import base_family, in_words, support_of
 from pvae.particles.traces import in_braces, latent_nodes, random_nodes, values_to_replay
 from pvae.particles.types import Batch, Layout, Program
 
+__all__ = ["check_latent_supports", "check_shapes", "check_sites", "check_vectorized"]
+
 
 def check_sites(model_trace: Any, guide_trace: Any) -> None:
     """Model and guide must name the same latent sites, and the model observe something."""

@@ -13,6 +13,15 @@ from pvae.particles.supports import support_of, values_inside
 from pvae.particles.traces import masks_of, plate_frames, random_nodes
 from pvae.particles.types import Batch, Layout, sum_terms
 
+__all__ = [
+    "local_terms",
+    "log_density",
+    "node_log_prob",
+    "node_term",
+    "node_terms",
+    "sum_inner_plates",
+]
+
 
 def node_log_prob(node: Any, value: Tensor | None = None) -> Tensor:
     """Unscaled log density of a site, zero where it is masked out."""

@@ -32,6 +32,8 @@ from pvae.particles.types import (
 )
 from pvae.particles.weighing import closed_form_kl, weigh
 
+__all__ = ["draw", "glance", "latent_sites"]
+
 
 def draw(
     model: Program,

@@ -18,6 +18,8 @@ from pvae.particles.simulation import keys_to_draw
 from pvae.particles.traces import random_nodes
 from pvae.particles.types import Batch, Layout, Program, sum_terms
 
+__all__ = ["generate"]
+
 
 def generate(
     model: Program,

@@ -24,6 +24,8 @@ from pvae.particles.traces import (
 )
 from pvae.particles.types import Batch, Layout, Program
 
+__all__ = ["inspect"]
+
 
 def inspect(
     model: Program,

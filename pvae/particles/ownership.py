@@ -16,6 +16,8 @@ from pvae.particles.running import given, quiet, trace_of
 from pvae.particles.traces import detached, random_nodes, values_to_replay
 from pvae.particles.types import Batch, Program
 
+__all__ = ["module_of", "named_tensors", "owned", "parameters"]
+
 
 def parameters(model: Program, guide: Program, batch: Batch) -> dict[str, nn.Parameter | Tensor]:
     """All trainable tensors of a pair, by a stable name, each once.

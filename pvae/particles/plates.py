@@ -10,6 +10,8 @@ from pvae.particles.running import attempt, quiet
 from pvae.particles.traces import in_braces, observed_nodes, plate_frames, random_nodes
 from pvae.particles.types import Batch, Layout, Program
 
+__all__ = ["count_data", "find_data_plates", "plate_scale"]
+
 
 def find_data_plates(
     model_trace: Any, batch: Batch, data_plate: str | None

@@ -17,6 +17,17 @@ from pvae.particles.running import replay, run_guide
 from pvae.particles.traces import in_braces, latent_nodes, values_to_replay
 from pvae.particles.types import Batch, Layout, Program
 
+__all__ = [
+    "log_guide",
+    "log_joint",
+    "observed_families",
+    "observed_sites",
+    "prior_of",
+    "rewritten",
+    "sample_guide",
+    "site_priors",
+]
+
 
 def sample_guide(
     guide: Program, batch: Batch, num_particles: int, layout: Layout

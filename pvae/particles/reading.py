@@ -21,6 +21,8 @@ from pvae.particles.supports import check_supports
 from pvae.particles.traces import random_nodes
 from pvae.particles.types import Batch, Program
 
+__all__ = ["ModelSite", "read_dependencies", "read_model"]
+
 
 class ModelSite(NamedTuple):
     """One random statement of a model, as it came out on a batch.

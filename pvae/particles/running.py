@@ -16,6 +16,8 @@ from pvae.errors import ProgramError
 from pvae.particles.batches import arguments, tensors_of
 from pvae.particles.types import Batch, Layout, Program
 
+__all__ = ["attempt", "given", "plated", "quiet", "reason", "replay", "run_guide", "trace_of"]
+
 
 class _Substitute(Messenger):  # type: ignore[misc]
     """Gives latent sites (and subsampled plates) the values that the guide drew."""

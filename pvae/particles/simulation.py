@@ -16,6 +16,8 @@ from pvae.particles.running import attempt, given, plated, quiet, trace_of
 from pvae.particles.traces import latent_nodes, observed_nodes, values_to_replay
 from pvae.particles.types import Batch, Layout, Program
 
+__all__ = ["check_dreams", "keys_to_draw", "log_dreams", "sample_observed", "simulate", "simulated"]
+
 
 def simulate(
     model: Program, batch: Batch, *, guide: Program | None = None, check: bool = True

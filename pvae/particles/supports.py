@@ -13,6 +13,17 @@ from pvae.particles.batches import entries_of
 from pvae.particles.traces import masks_of, random_nodes
 from pvae.particles.types import Batch
 
+__all__ = [
+    "base_family",
+    "check_support",
+    "check_supports",
+    "in_words",
+    "observed_supports",
+    "support_of",
+    "unit_support",
+    "values_inside",
+]
+
 
 def base_family(distribution: Any) -> Any:
     """A distribution from within ``independent``, ``mask`` and ``expand``."""

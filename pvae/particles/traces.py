@@ -8,6 +8,17 @@ from typing import Any
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+__all__ = [
+    "detached",
+    "in_braces",
+    "latent_nodes",
+    "masks_of",
+    "observed_nodes",
+    "plate_frames",
+    "random_nodes",
+    "values_to_replay",
+]
+
 
 def _is_random(node: Any) -> bool:
     if node["type"] != "sample" or node["infer"].get("_deterministic"):

@@ -9,6 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Batch",
+    "Gate",
+    "LatentSite",
+    "Layout",
+    "Particles",
+    "Program",
+    "Relaxed",
+    "Scale",
+    "by_datum",
+    "by_program",
+    "sum_terms",
+]
+
 Program = Callable[..., Any]
 Batch = Any  # a tensor, a tuple of tensors or a dict of tensors
 Scale = Any  # a number or a tensor that broadcasts against (B,)

@@ -20,6 +20,8 @@ from pvae.particles.supports import base_family, in_words, support_of
 from pvae.particles.traces import latent_nodes, random_nodes, values_to_replay
 from pvae.particles.types import Batch, Layout, Program, sum_terms
 
+__all__ = ["check_continuous", "path_ends", "unconstrain"]
+
 
 def path_ends(
     model: Program, guide: Program | None, batch: Batch, flat: Tensor, layout: Layout

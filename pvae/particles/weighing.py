@@ -14,6 +14,8 @@ from pvae.particles.plates import count_data
 from pvae.particles.traces import latent_nodes, plate_frames, random_nodes
 from pvae.particles.types import Batch, Layout, Particles, Scale
 
+__all__ = ["closed_form_kl", "weigh"]
+
 
 def weigh(
     model_trace: Any, guide_trace: Any, layout: Layout, num_particles: int, batch: Batch

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+__all__ = ["Array", "as_array", "as_matrix", "or_zero", "principal_axes"]
+
 Array = NDArray[Any]
 
 

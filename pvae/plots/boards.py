@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from pvae.comparison import Board
 
+__all__ = ["board", "standings"]
+
 _KINDS = {"exact": ("s", "#0072B2"), "estimate": ("o", "#D55E00"), "lower bound": ("^", "#009E73")}
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from pvae.evidence import Calibration, PredictiveChecks
 
+__all__ = ["coverage_curves", "predictive_histograms", "rank_histograms"]
+
 
 def rank_histograms(calibration: Calibration) -> Figure:
     """Rank histograms with the band that 99 % of calibrated bars lie in; rejected ones in red.

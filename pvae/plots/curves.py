@@ -26,6 +26,7 @@ from pvae.plots.figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["History", "selection_curves", "training_curves"]
 
 History = Sequence[Mapping[str, float]]
 

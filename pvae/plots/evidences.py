@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from pvae.evidence import Gaps
 
+__all__ = ["evidence_against", "gap_ledger", "weights_diagnostics"]
+
 
 def evidence_against(
     evidence_a: Evidence, evidence_b: Evidence, names: tuple[str, str] = ("A", "B")

@@ -13,6 +13,20 @@ from pvae.checkpoints import write_aside
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "INK",
+    "MARKERS",
+    "empty_figure",
+    "grid_of_axes",
+    "legend_beside",
+    "polish",
+    "rows_and_columns",
+    "save",
+    "shortened",
+    "single_axes",
+]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*", "<", ">")

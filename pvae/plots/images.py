@@ -11,6 +11,8 @@ import numpy as np
 from pvae.errors import DataError
 from pvae.plots.arrays import Array
 
+__all__ = ["as_images", "aspect_ratio", "grey_range", "show_images"]
+
 
 def as_images(x: Array, shape: Sequence[int]) -> Array:
     """``(n, D)`` to ``(n, H, W)`` or ``(n, H, W, 3)``; the frames of a video side by side."""

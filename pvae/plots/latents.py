@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from pvae.evidence import Information
 
+__all__ = ["latent_information", "latent_scatter"]
+
 
 def latent_scatter(z: Tensor, labels: Tensor | None = None) -> Figure:
     """Posterior means or draws of the latents, one point per datum, coloured by label.

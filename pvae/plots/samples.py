@@ -17,6 +17,8 @@ from pvae.plots.tables import tables_beside, tables_reconstructed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["reconstructions", "samples_beside_data"]
+
 
 def samples_beside_data(
     samples: Mapping[str, Tensor], data: Tensor, image_shape: Sequence[int] | None = None

@@ -24,6 +24,7 @@ from pvae.plots.figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["tables_beside", "tables_reconstructed"]
 
 _MAX_FEATURES = 16  # of a table, before a picture of its marginals becomes unreadable
 _MAX_POINTS = 2000
