@@ -165,7 +165,8 @@ class Objective:
         }
 
     def _networks(self) -> dict[str, torch.nn.Module]:
-        return {} if self.penalty is None else self.penalty.networks()
+        of_penalty = {} if self.penalty is None else self.penalty.networks()
+        return of_penalty | self.gradient.networks()
 
     def prepare(self, model: Any, guide: Any, batch: Any) -> Layout:
         """Look at a pair once: its layout, refused where the objective is unsound for it.
@@ -198,6 +199,8 @@ class Objective:
             sites = glance(model, guide, batch, layout)
             self.penalty.check(sites, layout)
             self.penalty.start(sites)
+        if self.gradient.learns:
+            self.gradient.start(glance(model, guide, batch, layout))
         module = module_of(guide)
         if self.gradient.rescores and len(layout.event_dims) > 1 and module is not None:
             for name, part in module.named_modules():
@@ -312,6 +315,7 @@ class Objective:
             score=sum_terms({n: t for n, t in particles.log_q.items() if n in score_sites}),
             dreams=particles.dreams,
             relaxed=particles.relaxed,
+            sites=particles.sites,
         )
         return self.gradient.surrogate(self.bound, terms, beta, particles.gate)
 

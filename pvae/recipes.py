@@ -36,6 +36,7 @@ __all__ = [
     "chivi",
     "ciwae",
     "dip_vae",
+    "disarm",
     "dreg",
     "factor_vae",
     "free_bits_vae",
@@ -46,6 +47,7 @@ __all__ = [
     "piwae",
     "renyi_vae",
     "rebar",
+    "relax",
     "rws",
     "stl",
     "tvo",
@@ -84,11 +86,32 @@ def vimco(num_particles: int = 50, **options: Any) -> Objective:
 
 
 def rebar(
-    temperature: float = 0.5, strength: float = 1.0, num_particles: int = 1, **options: Any
+    temperature: float = 0.5,
+    strength: float = 1.0,
+    learned: bool = False,  # noqa: FBT001, FBT002
+    num_particles: int = 1,
+    **options: Any,
 ) -> Objective:
     """The ELBO of a discrete site, its relaxation as control variate (Tucker et al. 2017)."""
-    gradient = gradients.rebar(temperature, strength)
+    gradient = gradients.rebar(temperature, strength, learned=learned)
     return Objective(gradient=gradient, num_particles=num_particles, **options)
+
+
+def relax(
+    temperature: float = 0.5,
+    strength: float = 1.0,
+    hidden: tuple[int, ...] = (32, 32),
+    num_particles: int = 1,
+    **options: Any,
+) -> Objective:
+    """The ELBO of a discrete site with a control variate that learns (Grathwohl et al. 2018)."""
+    gradient = gradients.relax(temperature, strength, hidden)
+    return Objective(gradient=gradient, num_particles=num_particles, **options)
+
+
+def disarm(num_particles: int = 2, **options: Any) -> Objective:
+    """The ELBO of a Bernoulli site by antithetic pairs of draws (Dong et al. 2020)."""
+    return Objective(gradient=gradients.disarm, num_particles=num_particles, **options)
 
 
 def renyi_vae(alpha: float = 0.5, num_particles: int = 50, **options: Any) -> Objective:

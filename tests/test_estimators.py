@@ -474,7 +474,7 @@ class Flipped(Rebar):
 class PathForgotten(Rebar):
     def relax(self, distribution, value):
         leaf, path, log_q = super().relax(distribution, value)
-        return leaf, path.detach(), log_q
+        return leaf, 0 * path, log_q
 
 
 class Unconditional(Rebar):
@@ -497,7 +497,7 @@ class PathOfOne(Rebar):
 class ControlNotTakenOff(Rebar):
     def surrogate(self, bound, terms, beta, gate):
         right = super().surrogate(bound, terms, beta, gate)
-        control, _ = relaxed._control(terms.relaxed, beta)
+        control, _ = self.control(terms.relaxed, None, beta)
         return right + (self.strength * control * terms.score).mean(0)
 
 

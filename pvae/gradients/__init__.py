@@ -9,6 +9,7 @@ With a KL weight beta, ``log w = log p(x|z) + beta (log p(z) - log q(z|x))`` thr
 
 from __future__ import annotations
 
+from pvae.gradients.antithetic import Disarm, disarm
 from pvae.gradients.paths import (
     DoublyReparameterized,
     GuideBy,
@@ -20,7 +21,7 @@ from pvae.gradients.paths import (
     stick_the_landing,
 )
 from pvae.gradients.protocol import Gradient, Terms
-from pvae.gradients.relaxed import Rebar, rebar
+from pvae.gradients.relaxed import Rebar, Relax, rebar, relax
 from pvae.gradients.scores import (
     Covariance,
     ScoreFunction,
@@ -39,23 +40,27 @@ from pvae.gradients.wake_sleep import (
 
 __all__ = [
     "Covariance",
+    "Disarm",
     "DoublyReparameterized",
     "Gradient",
     "GuideBy",
     "Pathwise",
     "Rebar",
+    "Relax",
     "ScoreFunction",
     "StickTheLanding",
     "Terms",
     "WakeSleep",
     "chi_phi",
     "covariance",
+    "disarm",
     "doubly_reparameterized",
     "guide_by",
     "guide_held",
     "mixed",
     "pathwise",
     "rebar",
+    "relax",
     "score_function",
     "sleep_phi",
     "stick_the_landing",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pvae import particles as waist
-from pvae.particles import Gate, Layout, Particles, Relaxed
+from pvae.particles import Gate, LatentSite, Layout, Particles, Relaxed
 
 __all__ = ["Beta", "Bound", "Gradient", "Terms"]
 
@@ -30,6 +30,7 @@ class Terms:
         dreams: ``log q(z'|x')`` of what the model drew itself, ``(1, B)``. ``None`` unless asked
             for.
         relaxed: The model at relaxed draws, for control variates. ``None`` unless asked for.
+        sites: Local latent site -> draws, posterior and prior. ``None`` unless asked for.
     """
 
     log_joint: Tensor
@@ -38,6 +39,7 @@ class Terms:
     score: Tensor
     dreams: Tensor | None = None
     relaxed: Relaxed | None = None
+    sites: Mapping[str, LatentSite] | None = None
 
 
 class Gradient:
@@ -60,11 +62,23 @@ class Gradient:
         """Whether the guide learns from what the model draws itself."""
         return False
 
+    @property
+    def learns(self) -> bool:
+        """Whether it has parameters of its own, see :meth:`start`."""
+        return False
+
     def check(self, bound: Bound, num_particles: int) -> None:
         """Raise ObjectiveError where the estimator is unsound for the bound."""
 
     def check_pair(self, layout: Layout) -> None:
         """Raise ObjectiveError where it is unsound for the pair."""
+
+    def start(self, sites: Mapping[str, LatentSite]) -> None:
+        """Build what the estimator learns by itself, from one look at the pair's sites."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that it has built; the surrogate has their gradient too."""
+        return {}
 
     def draw(
         self, model: Any, guide: Any, batch: Any, num_particles: int, **options: Any
