@@ -108,7 +108,8 @@ def split(
     batch = take(problem.data, rows)
     batch = batch if problem.preprocess is None else problem.preprocess(batch)
     of_model, of_guide = owned(problem.model, problem.guide, batch, weights)
-    moved = {"e": of_guide - of_model}
+    serve = {name for name in weights if name.startswith("objective.")}  # a control variate, say
+    moved = {"e": (of_guide - of_model) | (serve if of_guide - of_model else set())}
     moved["m"] = set(weights) - moved["e"]
     halves = {}
     for phase, names in moved.items():

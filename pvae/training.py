@@ -189,6 +189,7 @@ def fit(
         factor = _lr_factor(lr_schedule, steps_per_epoch * epochs)
         build = functools.partial(build_optimizer, optimizer, lr=lr, options=optimizer_options)
         weights |= goal.parameters()
+        _check_learned(goal, optimizer)
         optim = build(list(weights.values()))
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
@@ -316,6 +317,15 @@ def _start_alike(group: Group, problem: Problem, batch_size: int, epochs: int, v
         *named_tensors(problem.model, problem.guide).values(),  # those that are frozen too
     ]
     group.lead(list({id(tensor): tensor for tensor in tensors}.values()))
+
+
+def _check_learned(goal: Any, optimizer: Any) -> None:
+    """Refuse an optimiser made before what the objective learns was."""
+    if goal.parameters() and isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            f"{next(iter(goal.parameters()))} is learned beside the pair, and an optimizer that is "
+            "made already does not hold it: pass optimizer= by name or class"
+        )
 
 
 def _check_on_nan(on_nan: str, device: torch.device) -> None:

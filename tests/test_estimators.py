@@ -41,11 +41,13 @@ from pvae.gradients import (
     WakeSleep,
     chi_phi,
     covariance,
+    disarm,
     doubly_reparameterized,
     guide_by,
     mixed,
     pathwise,
     rebar,
+    relax,
     relaxed,
     score_function,
     wake_phi,
@@ -557,19 +559,184 @@ class Codes(nn.Module):
             pyro.sample("c", self.code(self.encoder(x)))
 
 
-def test_rebar_is_staged():
+class Rows(nn.Module):
+    """Codes for one datum many times over; every row has logits of its own, to be differentiated.
+
+    Four Bernoulli latents have sixteen values, so that bound and gradient are exact.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        self.codes = Codes()
+        torch.manual_seed(3)
+        self.codes.decoder = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+        with torch.no_grad():
+            self.codes.decoder[0].weight.mul_(3)
+            self.codes.decoder[2].weight.mul_(3)
+        x = torch.randn(6, generator=torch.Generator().manual_seed(8)).double()
+        self.x = x.expand(size, 6)
+        self.logits = nn.Parameter(self.codes.encoder(self.x).detach() + 0.7)
+        self.model = self.codes.model
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("c", self.codes.code(self.logits))
+
+    def slopes(self, objective, layout):
+        """Each row's estimate of the gradient in its logits, ``(size, 4)``."""
+        torch.manual_seed(6)
+        loss = objective.evaluate(self.model, self.guide, self.x, layout=layout).loss
+        (slopes,) = torch.autograd.grad(-loss * len(self.x), self.logits, retain_graph=True)
+        return slopes, loss
+
+    def truth(self):
+        codes = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 4)
+        logits = self.logits[0].detach().requires_grad_()
+        log_q = self.codes.code(logits).log_prob(codes)
+        likelihood = dist.Normal(self.codes.decoder(codes), 1.0).log_prob(self.x[0]).sum(-1)
+        bound = (log_q.exp() * (likelihood - 4 * math.log(2) - log_q)).sum()
+        return torch.autograd.grad(bound, logits)[0]
+
+
+def learning(objective, steps, size=200):
+    """The objective and its layout, after its control variate alone has learned."""
+    rows = Rows(size)
+    layout = objective.prepare(rows.model, rows.guide, rows.x)
+    parameters = list(objective.parameters().values())
+    optimizer = torch.optim.Adam(parameters, lr=1e-2) if parameters else None
+    for _ in range(steps if parameters else 0):
+        optimizer.zero_grad()
+        loss = objective.evaluate(rows.model, rows.guide, rows.x, layout=layout).loss
+        loss.backward(inputs=parameters)
+        optimizer.step()
+    return layout
+
+
+LEARNERS = {
+    "relax": lambda k: recipes.relax(num_particles=k),
+    "relax from afar": lambda k: recipes.relax(2.0, 0.1, (8,), num_particles=k),
+    "learned rebar": lambda k: recipes.rebar(learned=True, num_particles=k),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 40])
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_learned_control_variates_are_unbiased_before_and_after(name, num_particles, steps):
+    objective, rows = LEARNERS[name](num_particles), Rows(20_000)
+    layout = learning(objective, steps)
+    slopes, _ = rows.slopes(objective, layout)
+    assert float(z_score(slopes, rows.truth()).max()) < SE
+
+
+@pytest.mark.parametrize("num_particles", [2, 6])
+def test_disarm_is_unbiased(num_particles):
+    objective, rows = recipes.disarm(num_particles), Rows(20_000)
+    layout = objective.prepare(rows.model, rows.guide, rows.x)
+    assert float(z_score(rows.slopes(objective, layout)[0], rows.truth()).max()) < SE
+    assert rebar_bias(DiscreteSite(), disarm, 2, beta=0.5) < SE
+
+
+@pytest.mark.parametrize("pair", [DiscreteSite(), ThreeClasses()], ids=lambda p: type(p).__name__)
+def test_relax_is_unbiased_in_the_model_and_the_guide(pair):
+    assert rebar_bias(pair, relax(), 2, beta=0.5) < SE
+
+
+def test_variance_of_estimators_of_discrete_sites_is_ordered():
+    """The figures of docs/objectives.md: total variance of the gradient in four logits."""
+    rows, found = Rows(20_000), {}
+    for name, objective, steps in [
+        ("score function, K = 1", recipes.rebar(0.5, 0.0), 0),
+        ("score function, K = 2", pvae.Objective(gradient=score_function, num_particles=2), 0),
+        ("rebar", recipes.rebar(), 0),
+        ("rebar, learned", recipes.rebar(learned=True), 300),
+        ("relax", recipes.relax(), 300),
+        ("disarm, K = 2", recipes.disarm(), 0),
+    ]:
+        slopes, _ = rows.slopes(objective, learning(objective, steps))
+        found[name] = float(slopes.var(0).sum())
+    print({name: round(value, 2) for name, value in found.items()})
+    assert max(found["relax"], found["rebar, learned"]) < 0.85 * found["rebar"]
+    assert found["rebar"] < 0.1 * found["score function, K = 1"]
+    assert found["disarm, K = 2"] < 0.9 * found["score function, K = 2"]
+
+
+def test_what_learns_and_the_pair_follow_their_own_slopes():
+    """The control variate that of the squared gradient, by differences; the pair none of it."""
+    objective, plain = recipes.relax(0.8, 0.7), recipes.rebar(0.8, 0.7)
+    rows = Rows(6)
+    layout = objective.prepare(rows.model, rows.guide, rows.x)
+    torch.testing.assert_close(  # the network is zero as yet
+        rows.slopes(objective, layout)[0], rows.slopes(plain, layout)[0], rtol=0, atol=IDENTITY
+    )
+    control = objective.gradient.networks()["control_variate"]
+    with torch.no_grad():
+        for parameter in control.network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    _, loss = rows.slopes(objective, layout)
+    parameters = [control.log_temperature, control.strength, control.network[-1].weight]
+    found = torch.autograd.grad(loss, parameters)
+
+    def square():
+        return float(rows.slopes(objective, layout)[0].square().sum(-1).mean())
+
+    for parameter, slope in zip(parameters, found, strict=True):
+        entry, size = parameter.detach().view(-1)[:1], 1e-5
+        entry += size
+        above = square()
+        entry -= 2 * size
+        by_differences = (above - square()) / (2 * size)
+        entry += size
+        assert float(slope.flatten()[0]) == pytest.approx(by_differences, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rebar", "relax", "disarm"])
+def test_estimators_of_discrete_sites_are_staged(name):
     """For Bernoulli sites: torch draws one-hot values in a way that cannot be traced."""
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).double()
     found = []
     for engine in ("eager", "staged"):
-        pair = Codes()
+        pair, objective = Codes(), getattr(recipes, name)(num_particles=2)
         run = pvae.fit(
-            pair.model, pair.guide, x, objective=recipes.rebar(num_particles=2), epochs=2,
+            pair.model, pair.guide, x, objective=objective, epochs=2,
             batch_size=20, engine=engine, valid=x, progress=False,
         )  # fmt: skip
         assert run.engine.startswith(engine)
-        found.append(torch.cat([p.detach().flatten() for p in pair.parameters()]))
+        learned = [*pair.parameters(), *objective.parameters().values()]
+        found.append(torch.cat([p.detach().flatten() for p in learned]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+    assert (name == "relax") == bool(objective.parameters())
+
+
+def test_fit_moves_the_control_variate_with_the_guide():
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).double()
+    for options in ({}, {"alternate": 1}, {"parts": 2}):
+        pair, objective = Codes(), recipes.relax()
+        pvae.fit(pair.model, pair.guide, x, objective=objective, epochs=2, batch_size=20, lr=1e-2,
+                 engine="eager", progress=False, **options)  # fmt: skip
+        control = objective.gradient.networks()["control_variate"]
+        assert float(control.log_temperature.exp()) != 0.5
+        assert bool(control.network[-1].weight.any())
+    pair = Codes()
+    made = torch.optim.Adam(pair.parameters())
+    with pytest.raises(OptionError, match="learned beside the pair.*by name or class"):
+        pvae.fit(pair.model, pair.guide, x, objective=recipes.relax(), optimizer=made, epochs=1)
+
+
+def mirrored(change):
+    def surrogate(self, bound, terms, beta, gate):
+        terms = dataclasses.replace(
+            terms,
+            sites={n: s._replace(value=change(s.value)) for n, s in terms.sites.items()},
+        )
+        return type(disarm).surrogate(self, bound, terms, beta, gate)
+
+    return type("Wrong", (type(disarm),), {"surrogate": surrogate})()
+
+
+@pytest.mark.parametrize("change", [lambda v: 1 - v, lambda v: 2 * v, lambda v: v.roll(1, 0)])
+def test_wrong_disarm_fails(change):
+    assert rebar_bias(DiscreteSite(), mirrored(change), 2) > SE
 
 
 # --- mutants ------------------------------------------------------------------------------------
@@ -664,6 +831,17 @@ def test_right_covariance_written_so_passes():
         (lambda: recipes.rebar(vectorize=False).prepare(*DiscreteSite().programs(4)),
          ObjectiveError, ["all particles at once"]),
         (lambda: rebar(0.0), OptionError, ["temperature above 0"]),
+        (lambda: relax(0.0), OptionError, ["relax takes a temperature above 0"]),
+        (lambda: relax(hidden=()), OptionError, ["hidden=()", "rebar(learned=True)"]),
+        (lambda: pvae.Objective(bound=iw_elbo, gradient=relax()), ObjectiveError,
+         ["relax(0.5, 1, (32, 32))", "bound=elbo", "score_function"]),
+        (lambda: recipes.relax().prepare(*MixedSites().programs(4)), ObjectiveError,
+         ["'z' (continuous)", "score_function or mixed"]),
+        (lambda: recipes.disarm(3), ObjectiveError, ["in pairs", "use 4"]),
+        (lambda: pvae.Objective(bound=iw_elbo, gradient=disarm, num_particles=2), ObjectiveError,
+         ["bound=elbo"]),
+        (lambda: recipes.disarm().prepare(*ThreeClasses().programs(4)), ObjectiveError,
+         ["one site, Bernoulli, got 'c' (OneHotCategorical)"]),
         (lambda: miwae(0), OptionError, ["at least one group"]),
         (lambda: ciwae(1.0), OptionError, ["0 < weight < 1"]),
         (lambda: tvo(0), OptionError, ["partitions >= 1"]),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pvae
-from pvae import checkpoints, loop, training
+from pvae import checkpoints, loop, recipes, training
 from pvae.cli import main
 from pvae.engine import Auto
 from pvae.errors import NonFiniteError, OptionError, RunError
@@ -82,6 +82,25 @@ def store_pair():
     return model, guide
 
 
+def bits_pair() -> tuple[nn.Module, nn.Module]:
+    """A Bernoulli latent, whose gradient has a control variate that learns."""
+    torch.manual_seed(0)
+    model, guide = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def generate(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((3,), 0.5)).to_event(1))
+            pyro.sample("x", dist.Normal(pyro.module("model", model)(z), 1.0).to_event(1), obs=x)
+
+    def infer(x: Tensor) -> None:
+        logits = pyro.module("guide", guide)(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
+
+    pyro.clear_param_store()
+    return generate, infer
+
+
 CASES: dict[str, tuple] = {
     "eager": (small_pair, {"engine": "eager"}),
     "auto": (small_pair, {"engine": "auto"}),
@@ -105,6 +124,8 @@ CASES: dict[str, tuple] = {
     ),
     "buffers": (normalised_pair, {"engine": "eager"}),
     "store": (store_pair, {"engine": "eager"}),
+    "relax": (bits_pair, {"objective": recipes.relax(hidden=(5,)), "engine": "eager"}),
+    "relax, staged": (bits_pair, {"objective": recipes.relax(hidden=(5,)), "engine": "staged"}),
     "an ELBO of Pyro": (small_pair, {"objective": pyro.infer.Trace_ELBO(), "engine": "eager"}),
 }  # fmt: skip
 

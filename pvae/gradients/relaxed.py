@@ -145,12 +145,10 @@ class Rebar(Gradient):
         return surrogate - self._variance(gradient) if self._control else surrogate
 
     def control(self, relaxed: Relaxed, logits: Tensor, beta: Beta) -> tuple[Tensor, Tensor]:
-        """c at the relaxed draws, ``(K, B)``, and its slope there, in what is learned too."""
+        """The variate at the relaxed draws, ``(K, B)``, and its slope there, in what is learned too."""
         keep = bool(self._control)
         value = relaxed.likelihood - beta * relaxed.kl
-        slope = _slope(relaxed.likelihood, relaxed, keep) - beta * _slope(
-            relaxed.kl, relaxed, keep
-        )
+        slope = _slope(relaxed.likelihood, relaxed, keep) - beta * _slope(relaxed.kl, relaxed, keep)
         strength = self._settings[1]
         value, slope = strength * value, strength * slope
         return (value, slope) if keep else (value.detach(), slope.detach())
@@ -226,8 +224,9 @@ class _Control(nn.Module):
 
     def __init__(self, temperature: float, strength: float, network: MLP | None) -> None:
         super().__init__()
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-        self.strength = nn.Parameter(torch.tensor(float(strength)))
+        exact = torch.float64
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), dtype=exact))
+        self.strength = nn.Parameter(torch.tensor(strength, dtype=exact))
         self.network = network
         if network is not None:
             nn.init.zeros_(network[-1].weight)  # type: ignore[arg-type]
