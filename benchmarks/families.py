@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 import pvae
 from pvae.guides.bottom_up import BottomUp
+from pvae.guides.downward import Downward
 from pvae.guides.flow import Flow
 from pvae.guides.gaussian import Gaussian
 from pvae.guides.low_rank import LowRank
@@ -26,6 +27,7 @@ from pvae.guides.shared import Shared
 from pvae.guides.top_down import TopDown
 from pvae.guides.vector_quantised import VectorQuantised
 from pvae.guides.von_mises_fisher import VonMisesFisher
+from pvae.models.hierarchical import Hierarchical
 from pvae.models.ladder import Ladder
 from pvae.models.two_layer import TwoLayer
 from pvae.models.vae import VAE
@@ -40,6 +42,12 @@ def vae(**options: Any) -> VAE:
 
 def two_layer() -> TwoLayer:
     return TwoLayer(D, z_dims=(16, 8), hidden=WIDE, upper_hidden=(50, 50))
+
+
+def hierarchical(prior: str) -> Hierarchical:
+    return Hierarchical(
+        D, z_dims=(8, 8), hidden=WIDE, upper_hidden=(50,), prior=prior, prior_components=50
+    )
 
 
 def ladder() -> Ladder:
@@ -65,6 +73,14 @@ PAIRS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda m: VonMisesFisher(D, m.latents, hidden=WIDE),
     ),
     "two_layer, bottom_up": (two_layer, lambda m: BottomUp(D, m.latents, hidden=WIDE)),
+    "hierarchical, vamp": (
+        lambda: hierarchical("vamp"),
+        lambda m: Downward(D, m, hidden=WIDE, lower_hidden=(50,)),
+    ),
+    "hierarchical, normal": (
+        lambda: hierarchical("normal"),
+        lambda m: Downward(D, m, hidden=WIDE, lower_hidden=(50,)),
+    ),
     "ladder, top_down": (ladder, lambda m: TopDown(D, m, hidden=WIDE)),
     "vq_vae": (lambda: VQVAE(D, hidden=WIDE), lambda m: VectorQuantised(D, m, hidden=WIDE)),
 }

@@ -98,7 +98,8 @@ class _Antithetic(dist.Bernoulli):  # type: ignore[misc]
         probs = self.probs.detach().expand(self._extended_shape(sample_shape))
         pairs = len(probs) // 2
         uniform = torch.rand_like(probs[:pairs])
-        return (torch.cat([uniform, 1 - uniform]) < probs).to(probs.dtype)
+        drawn: Tensor = (torch.cat([uniform, 1 - uniform]) < probs).to(probs.dtype)
+        return drawn
 
 
 def _paired(name: str, distribution: Any) -> Any:

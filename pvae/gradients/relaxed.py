@@ -145,7 +145,7 @@ class Rebar(Gradient):
         return surrogate - self._variance(gradient) if self._control else surrogate
 
     def control(self, relaxed: Relaxed, logits: Tensor, beta: Beta) -> tuple[Tensor, Tensor]:
-        """The variate at the relaxed draws, ``(K, B)``, and its slope there, in what is learned too."""
+        """The variate at the relaxed draws, ``(K, B)``, and its slope there."""
         keep = bool(self._control)
         value = relaxed.likelihood - beta * relaxed.kl
         slope = _slope(relaxed.likelihood, relaxed, keep) - beta * _slope(relaxed.kl, relaxed, keep)
@@ -160,7 +160,8 @@ class Rebar(Gradient):
         (moved,) = torch.autograd.grad(
             path, leaf.logits, slope, retain_graph=True, create_graph=bool(self._control)
         )
-        return reward * (site.value - leaf.probs).detach() + moved
+        found: Tensor = reward * (site.value - leaf.probs).detach() + moved
+        return found
 
     def _variance(self, gradient: Tensor) -> Tensor:
         """A scalar whose derivative is that of ``E |g|^2`` in what is learned, and no other."""
