@@ -6,6 +6,7 @@ code vector.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["CodeVectors", "NearestCode", "nearest_code"]
+from pvae.networks import one_hot
+
+__all__ = ["CodeVectors", "DependentCodes", "NearestCode", "nearest_code"]
 
 
 def nearest_code(value: Tensor, codebook: Tensor) -> Tensor:
@@ -88,6 +91,59 @@ class CodeVectors(TorchDistribution):  # type: ignore[misc]
             logits = self.logits.expand(shape[:-1] + self.logits.shape[-1:])
             gumbel = -torch.empty_like(logits).exponential_().log()
             drawn: Tensor = self.codebook[(logits + gumbel).argmax(-1)]
+        return drawn
+
+
+class DependentCodes(CodeVectors):
+    """M code vectors, each with weights that depend on those before it.
+
+    Scoring takes one pass of the network, drawing M.
+
+    Args:
+        codebook: ``(C, D)``.
+        conditionals: Codes as indicators ``(*, M, C)`` to logits ``(*, M, C)``, those of position m
+            by positions before m alone.
+        num_positions: M.
+    """
+
+    def __init__(
+        self,
+        codebook: Tensor,
+        conditionals: Callable[[Tensor], Tensor],
+        num_positions: int,
+        batch_shape: Any = (),
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.conditionals = conditionals
+        like = codebook.new_zeros(num_positions, len(codebook))
+        super().__init__(codebook, like, batch_shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> DependentCodes:
+        """The same distribution with a larger batch shape."""
+        positions = self.event_shape[0]
+        return DependentCodes(
+            self.codebook, self.conditionals, positions, batch_shape, validate_args=False
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log mass of the code vectors nearest to ``(*, M, D)``, nats."""
+        codes = nearest_code(value.detach(), self.codebook)
+        known = one_hot(codes, len(self.codebook), self.codebook.dtype)
+        log_mass: Tensor = (self.conditionals(known).log_softmax(-1) * known).sum((-1, -2))
+        return log_mass
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Code vectors, ``(*, M, D)``, one position after another."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            known = self.codebook.new_zeros(*shape[:-1], len(self.codebook))
+            for position in range(shape[-2]):
+                logits = self.conditionals(known)[..., position, :]
+                gumbel = -torch.empty_like(logits).exponential_().log()
+                code = (logits + gumbel).argmax(-1)
+                known[..., position, :] = one_hot(code, len(self.codebook), known.dtype)
+            drawn: Tensor = known @ self.codebook
         return drawn
 
 

@@ -15,6 +15,7 @@ from pvae.codebooks import nearest_code
 from pvae.errors import OptionError, ProgramError, PvaeError
 from pvae.guides.bottom_up import BottomUp
 from pvae.guides.categorical import Categorical
+from pvae.guides.downward import Downward
 from pvae.guides.flow import Flow
 from pvae.guides.gaussian import Gaussian
 from pvae.guides.low_rank import LowRank
@@ -25,6 +26,7 @@ from pvae.guides.vector_quantised import VectorQuantised
 from pvae.mixtures import DiagonalNormalMixture
 from pvae.models.factor_analysis import FactorAnalysis
 from pvae.models.gaussian_mixture import GaussianMixture
+from pvae.models.hierarchical import Hierarchical
 from pvae.models.ladder import Ladder
 from pvae.models.two_layer import TwoLayer
 from pvae.models.vae import VAE
@@ -393,6 +395,150 @@ def test_quantised_gradients_reach_encoder_and_codebook_and_not_the_bound():
     assert (slope - expected).abs().max() < 1e-4
 
 
+def averaged(**options):
+    torch.manual_seed(0)
+    model = VQVAE(6, num_positions=2, num_codes=4, code_dim=3, hidden=(8,)).double()
+    return model, VectorQuantised(6, model, hidden=(8,), **options).double()
+
+
+def test_a_codebook_follows_the_averages_of_what_is_near_it():
+    """The formula by hand, without codes seeded anew; not in evaluation."""
+    model, guide = averaged(decay=0.8, dead=0.0)
+    x = (torch.rand(30, 6) < 0.4).double()
+    counts, sums = torch.ones(4).double(), model.codebook.detach().clone()
+    for _ in range(3):
+        before = model.codebook.detach().clone()
+        with torch.no_grad():
+            features = guide.head(guide.encoder(x)).view(-1, 3)
+            guide(x)
+        codes = nearest_code(features, before)
+        for c in range(4):
+            near = features[codes == c]
+            counts[c] = 0.8 * counts[c] + 0.2 * len(near)
+            sums[c] = 0.8 * sums[c] + 0.2 * near.sum(0)
+        torch.testing.assert_close(model.codebook.detach(), sums / counts[:, None])
+    guide.eval()
+    before = model.codebook.detach().clone()
+    particles = pvae.draw(model, guide, x)
+    assert torch.equal(model.codebook, before)
+    (slope,) = torch.autograd.grad(
+        particles.log_weights.sum(), model.codebook, allow_unused=True
+    )
+    assert slope is None
+
+
+def test_dead_codes_are_seeded_with_features_and_live():
+    """Codes far from all data: of four, one would be left without."""
+    x = (torch.rand(200, 6) < 0.4).double()
+    used = {}
+    for dead in (0.0, 0.5):
+        model, guide = averaged(decay=0.9, dead=dead)
+        with torch.no_grad():
+            model.codebook[1:].add_(100.0)
+            guide.sums.copy_(model.codebook)
+        pvae.fit(model, guide, x, epochs=20, batch_size=50, progress=False, engine="eager")
+        guide.eval()
+        codes = nearest_code(pvae.draw(model, guide, x).values["z"], model.codebook)
+        used[dead] = len(codes.unique())
+    assert used == {0.0: 1, 0.5: 4}
+
+
+def test_a_codebook_of_averages_is_one_of_whole_batches():
+    model, guide = averaged(decay=0.9)
+    with pytest.raises(ProgramError, match="a buffer of shape"):
+        pvae.fit(model, guide, BITS.double(), batch_size=20, parts=2, epochs=1)
+
+
+def test_autoregressive_prior_over_codes_is_normalised_and_in_order():
+    """Its mass sums to one over all codes, draws have those masses, and it is uniform at first."""
+    torch.manual_seed(1)
+    model = VQVAE(6, num_positions=2, num_codes=3, code_dim=2, hidden=(8,), prior="autoregressive",
+                  prior_hidden=(7,)).double()  # fmt: skip
+    grid = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    with torch.no_grad():
+        prior = model.latent_prior()
+        uniform = prior.log_prob(model.codebook[grid])
+        assert (uniform + 2 * math.log(3)).abs().max() < 1e-12
+        for parameter in model.network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        mass = prior.log_prob(model.codebook[grid]).exp()
+        assert float(mass.sum()) == pytest.approx(1, abs=1e-12)
+        assert float(mass.std()) > 0.02
+        drawn = nearest_code(prior.expand([20_000]).sample(), model.codebook)
+        shares = (drawn[:, None] == grid).all(-1).double()
+        assert float(((shares.mean(0) - mass).abs() / (mass / 20_000).sqrt()).max()) < 4.5
+        first = model.latent_prior().conditionals(torch.eye(3)[grid].double())[:, 0]
+        assert torch.equal(first, first[:1].expand(9, 3))
+
+
+def test_autoregressive_prior_learns_what_the_frequencies_cannot():
+    """Two positions that always agree: log 3 nats and not 2 log 3. And the bound remains one."""
+    torch.manual_seed(1)
+    build = {"num_positions": 2, "num_codes": 3, "code_dim": 2, "hidden": (8,)}
+    codes = torch.randint(3, (400, 1)).expand(400, 2)
+    found = {}
+    for prior in ("independent", "autoregressive"):
+        model = VQVAE(6, prior=prior, **build)
+        model.fit_prior(model.codebook.detach()[codes])
+        other = torch.randint(3, (100, 1)).expand(100, 2)
+        with torch.no_grad():
+            found[prior] = float(model.latent_prior().log_prob(model.codebook[other]).mean())
+    assert found["independent"] == pytest.approx(-2 * math.log(3), abs=0.05)
+    assert found["autoregressive"] == pytest.approx(-math.log(3), abs=0.05)
+    guide = VectorQuantised(6, model, hidden=(8,))
+    with torch.no_grad():
+        grid = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+        prior = model.latent_prior().log_prob(model.codebook[grid])
+        evidence = (model.decode(model.codebook[grid][:, None]).log_prob(BITS) + prior[:, None])
+        bound = pvae.draw(model, guide, BITS).log_weights
+        assert (bound <= evidence.logsumexp(0) + 1e-5).all()
+    with pytest.raises(OptionError, match="at least 20 data, got 4"):
+        model.fit_prior(model.codebook.detach()[codes[:4]])
+
+
+# --- several layers and a VampPrior --------------------------------------------------------------
+
+
+def test_downward_draws_each_layer_from_the_data_and_those_above():
+    torch.manual_seed(0)
+    model = Hierarchical(6, z_dims=(3, 2), hidden=(8,), upper_hidden=(8,), prior_components=4)
+    guide = Downward(6, model, hidden=(8,), lower_hidden=(8,))
+    model.double(), guide.double()
+    assert guide.top is model.prior.encoder
+    x = BITS[:5].double()
+    trace = pyro.poutine.trace(guide).get_trace(x)
+    z2 = trace.nodes["z2"]["value"]
+    top = trace.nodes["z2"]["fn"]
+    torch.testing.assert_close(top.mean, model.prior.encoder.posterior(x)["z2"].mean)
+    known = torch.cat([guide.encoder(x), z2], -1)
+    loc = guide.networks["z1"](known).chunk(2, -1)[0]
+    torch.testing.assert_close(trace.nodes["z1"]["fn"].mean, loc)
+    particles = pvae.draw(model, guide, x, 4)
+    posteriors = model.prior.encoder.posterior(model.prior.pseudo_inputs)["z2"]
+    by_hand = posteriors.log_prob(particles.values["z2"][..., None, :]).logsumexp(-1)
+    torch.testing.assert_close(particles.log_p["z2"], by_hand - math.log(4))
+
+
+@pytest.mark.parametrize("prior", ["vamp", "mixture"])
+def test_hierarchical_learns_the_digits_and_stages(prior):
+    data = pvae.data.load("digits", transform="none").train.x[:600]
+    x = (data > 7).float()
+    bounds = {}
+    for engine in ("eager", "staged"):
+        torch.manual_seed(0)
+        model = Hierarchical(64, z_dims=(6, 6), hidden=(50,), upper_hidden=(50,), prior=prior,
+                             prior_components=20)  # fmt: skip
+        guide = Downward(64, model, hidden=(50,), lower_hidden=(50,))
+        run = pvae.fit(model, guide, x, epochs=20, batch_size=50, lr=1e-2, engine=engine,
+                       progress=False)  # fmt: skip
+        bounds[engine] = [row["bound"] for row in run.history]
+    assert bounds["staged"] == pytest.approx(bounds["eager"], rel=1e-4)
+    means = x.mean(0).clamp(0.01, 0.99)
+    independent = float(torch.distributions.Bernoulli(means).log_prob(x).sum(-1).mean())
+    assert bounds["eager"][-1] > independent + 1
+    assert pvae.evidence.importance(model, guide, x[:20], num_particles=50).log_evidence.isfinite().all()
+
+
 # --- engines and refusals ------------------------------------------------------------------------
 
 BITS = (torch.rand(40, 6, generator=torch.Generator().manual_seed(3)) < 0.4).float()
@@ -411,9 +557,11 @@ LADDER = {"z_dims": (3, 2), "widths": (8, 8)}
         (lambda: VAE(6, z_dim=3, hidden=(8,)),
          lambda m: SemiAmortised(6, m, steps=2, through=False, hidden=(8,))),
         (lambda: VQVAE(6, hidden=(8,), num_codes=4), lambda m: VectorQuantised(6, m, hidden=(8,))),
+        (lambda: VQVAE(6, hidden=(8,), num_codes=4, prior="autoregressive"),
+         lambda m: VectorQuantised(6, m, hidden=(8,), decay=0.9)),
     ],
     ids=["low_rank", "mixture", "bottom_up", "top_down", "categorical", "semi_amortised",
-         "semi_amortised_held", "vq"],
+         "semi_amortised_held", "vq", "vq_averages"],
 )  # fmt: skip
 def test_staged_engine_takes_the_same_steps(build, guide):
     def train(engine):
@@ -448,6 +596,11 @@ def test_staged_engine_takes_the_same_steps(build, guide):
         (lambda: SemiAmortised(6, VAE(6), steps=0), OptionError, "steps must be at least 1, got 0"),
         (lambda: Ladder(6, z_dims=(3, 2), widths=(8,)), OptionError, "2 layers and 1 widths"),
         (lambda: TwoLayer(6, z_dims=(3,)), OptionError, "z_dims has the sizes of z1 and z2, got 1"),
+        (lambda: VectorQuantised(6, VQVAE(6), decay=1.0), OptionError, "0 <= decay < 1"),
+        (lambda: VectorQuantised(6, VQVAE(6), dead=2.0), OptionError, "dead=2.0: try decay=0.99"),
+        (lambda: VQVAE(6, prior="pixel"), OptionError, "no prior is called 'pixel'"),
+        (lambda: Hierarchical(6, z_dims=(3,)), OptionError, "sizes of z1 and z2, got 1"),
+        (lambda: Downward(6, nn.Linear(2, 2)), ProgramError, "Linear does not tell its latent"),
         (lambda: VQVAE(6, num_codes=1), OptionError, "num_codes >= 2"),
         (lambda: BottomUp(6, {}), OptionError, "at least one latent site"),
     ],

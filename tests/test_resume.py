@@ -23,8 +23,10 @@ from pvae.cli import main
 from pvae.engine import Auto
 from pvae.errors import NonFiniteError, OptionError, RunError
 from pvae.guides.gaussian import Gaussian
+from pvae.guides.vector_quantised import VectorQuantised
 from pvae.locks import locked
 from pvae.models.vae import VAE
+from pvae.models.vq_vae import VQVAE
 from pvae.resumption import Every, as_every
 from pvae.schedules import Linear
 
@@ -101,6 +103,14 @@ def bits_pair() -> tuple[nn.Module, nn.Module]:
     return generate, infer
 
 
+def averaged_pair() -> tuple[nn.Module, nn.Module]:
+    """A codebook that moves by averages, and is seeded anew by chance."""
+    torch.manual_seed(0)
+    model = VQVAE(4, num_positions=2, num_codes=5, code_dim=2, hidden=(5,), likelihood="gaussian",
+                  prior="autoregressive", prior_hidden=(6,))  # fmt: skip
+    return model, VectorQuantised(4, model, hidden=(5,), decay=0.7)
+
+
 CASES: dict[str, tuple] = {
     "eager": (small_pair, {"engine": "eager"}),
     "auto": (small_pair, {"engine": "auto"}),
@@ -125,6 +135,8 @@ CASES: dict[str, tuple] = {
     "buffers": (normalised_pair, {"engine": "eager"}),
     "store": (store_pair, {"engine": "eager"}),
     "relax": (bits_pair, {"objective": recipes.relax(hidden=(5,)), "engine": "eager"}),
+    "codebook": (averaged_pair, {"engine": "eager"}),
+    "codebook, staged": (averaged_pair, {"engine": "staged"}),
     "relax, staged": (bits_pair, {"objective": recipes.relax(hidden=(5,)), "engine": "staged"}),
     "an ELBO of Pyro": (small_pair, {"objective": pyro.infer.Trace_ELBO(), "engine": "eager"}),
 }  # fmt: skip
