@@ -72,9 +72,7 @@ class Downward(nn.Module):
             width = self.encoder.out_features + math.prod(shapes[first])
             for name, shape in self.shapes.items():
                 size = math.prod(shape)
-                self.networks[name] = MLP(
-                    width, 2 * size, lower_hidden, activation_name=activation
-                )
+                self.networks[name] = MLP(width, 2 * size, lower_hidden, activation_name=activation)
                 width += size
 
     def forward(self, x: Tensor) -> None:
@@ -89,6 +87,8 @@ class Downward(nn.Module):
             for name, shape in self.shapes.items():
                 loc, raw_scale = self.networks[name](known).chunk(2, -1)
                 batch = loc.shape[:-1] + torch.Size(shape)
-                normal = dist.Normal(loc.reshape(batch), (softplus(raw_scale) + 1e-4).reshape(batch))
+                normal = dist.Normal(
+                    loc.reshape(batch), (softplus(raw_scale) + 1e-4).reshape(batch)
+                )
                 z = pyro.sample(name, normal.to_event(len(shape)))
                 known = join(known, z.reshape(*loc.shape))

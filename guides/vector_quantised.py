@@ -125,4 +125,5 @@ class VectorQuantised(nn.Module):
         stay: Tensor = self.commitment * (features - code.detach()).square().sum((-1, -2))
         if self.decay:
             return stay
-        return (features.detach() - code).square().sum((-1, -2)) + stay
+        learn: Tensor = (features.detach() - code).square().sum((-1, -2))
+        return learn + stay

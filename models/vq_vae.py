@@ -145,9 +145,13 @@ class VQVAE(nn.Module):
         held_out = torch.arange(len(known), device=known.device) % 10 == 9
         train, valid = known[~held_out], known[held_out]
         optimizer = torch.optim.Adam(self.network.parameters(), lr=2e-3)
-        best, kept, waited = self._log_mass(valid), copy.deepcopy(self.network.state_dict()), 0
+        best, kept, waited = (
+            self._log_mass(valid).detach(),
+            copy.deepcopy(self.network.state_dict()),
+            0,
+        )
         for _ in range(max_epochs):
-            for rows in torch.randperm(len(train), device=known.device).split(100):
+            for rows in torch.split(torch.randperm(len(train), device=known.device), 100):
                 optimizer.zero_grad()
                 with torch.enable_grad():
                     loss = -self._log_mass(train[rows])
@@ -162,7 +166,8 @@ class VQVAE(nn.Module):
 
     def _log_mass(self, codes: Tensor) -> Tensor:
         """Mean log mass of codes ``(N, M, C)`` under the network, nats."""
-        return (self._conditionals(codes).log_softmax(-1) * codes).sum((-1, -2)).mean()
+        log_mass = (self._conditionals(codes).log_softmax(-1) * codes).sum((-1, -2))
+        return log_mass.mean()
 
 
 def _masked(num_positions: int, num_codes: int, hidden: Sequence[int]) -> nn.Module:
@@ -170,8 +175,8 @@ def _masked(num_positions: int, num_codes: int, hidden: Sequence[int]) -> nn.Mod
     from zuko.nn import MaskedMLP
 
     position = torch.arange(num_positions).repeat_interleave(num_codes)
-    network = MaskedMLP(position[:, None] > position, hidden, activation=nn.SiLU)
-    last: Any = network[-1]
+    network: nn.Module = MaskedMLP(position[:, None] > position, hidden, activation=nn.SiLU)
+    last: Any = list(network.children())[-1]
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return network

@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "vae.VAE sphere": {"prior": "hyperspherical", "z_dim": 3},
     "vae.VAE vamp": {"prior": "vamp"},
+    "vq_vae.VQVAE variant": {"prior": "autoregressive", "prior_hidden": (8,)},
 }
 
 

@@ -421,9 +421,7 @@ def test_a_codebook_follows_the_averages_of_what_is_near_it():
     before = model.codebook.detach().clone()
     particles = pvae.draw(model, guide, x)
     assert torch.equal(model.codebook, before)
-    (slope,) = torch.autograd.grad(
-        particles.log_weights.sum(), model.codebook, allow_unused=True
-    )
+    (slope,) = torch.autograd.grad(particles.log_weights.sum(), model.codebook, allow_unused=True)
     assert slope is None
 
 
@@ -489,7 +487,7 @@ def test_autoregressive_prior_learns_what_the_frequencies_cannot():
     with torch.no_grad():
         grid = torch.cartesian_prod(torch.arange(3), torch.arange(3))
         prior = model.latent_prior().log_prob(model.codebook[grid])
-        evidence = (model.decode(model.codebook[grid][:, None]).log_prob(BITS) + prior[:, None])
+        evidence = model.decode(model.codebook[grid][:, None]).log_prob(BITS) + prior[:, None]
         bound = pvae.draw(model, guide, BITS).log_weights
         assert (bound <= evidence.logsumexp(0) + 1e-5).all()
     with pytest.raises(OptionError, match="at least 20 data, got 4"):
@@ -519,24 +517,19 @@ def test_downward_draws_each_layer_from_the_data_and_those_above():
     torch.testing.assert_close(particles.log_p["z2"], by_hand - math.log(4))
 
 
-@pytest.mark.parametrize("prior", ["vamp", "mixture"])
-def test_hierarchical_learns_the_digits_and_stages(prior):
-    data = pvae.data.load("digits", transform="none").train.x[:600]
-    x = (data > 7).float()
-    bounds = {}
-    for engine in ("eager", "staged"):
-        torch.manual_seed(0)
-        model = Hierarchical(64, z_dims=(6, 6), hidden=(50,), upper_hidden=(50,), prior=prior,
-                             prior_components=20)  # fmt: skip
-        guide = Downward(64, model, hidden=(50,), lower_hidden=(50,))
-        run = pvae.fit(model, guide, x, epochs=20, batch_size=50, lr=1e-2, engine=engine,
-                       progress=False)  # fmt: skip
-        bounds[engine] = [row["bound"] for row in run.history]
-    assert bounds["staged"] == pytest.approx(bounds["eager"], rel=1e-4)
+def test_hierarchical_learns_the_digits():
+    """More of them than independent pixels tell, and its evidence lies above its bound."""
+    x = (pvae.data.load("digits", transform="none").train.x[:600] > 7).float()
+    torch.manual_seed(0)
+    model = Hierarchical(64, z_dims=(6, 6), hidden=(50,), upper_hidden=(50,), prior_components=20)
+    guide = Downward(64, model, hidden=(50,), lower_hidden=(50,))
+    run = pvae.fit(model, guide, x, epochs=12, batch_size=50, lr=2e-2, engine="staged",
+                   progress=False)  # fmt: skip
     means = x.mean(0).clamp(0.01, 0.99)
     independent = float(torch.distributions.Bernoulli(means).log_prob(x).sum(-1).mean())
-    assert bounds["eager"][-1] > independent + 1
-    assert pvae.evidence.importance(model, guide, x[:20], num_particles=50).log_evidence.isfinite().all()
+    assert run.history[-1]["bound"] > independent + 1
+    found = pvae.evidence.importance(model, guide, x, num_particles=50).log_evidence
+    assert float(found.mean()) > run.history[-1]["bound"]
 
 
 # --- engines and refusals ------------------------------------------------------------------------
