@@ -57,6 +57,7 @@ class Rebar(Gradient):
     )
     has_path: ClassVar[bool] = False
     weighs: ClassVar[bool] = True
+    _name: ClassVar[str] = "rebar"
 
     def __post_init__(self) -> None:
         if not (0 < self.temperature < math.inf and 0 <= self.strength < math.inf):
@@ -64,8 +65,6 @@ class Rebar(Gradient):
                 f"{self._name} takes a temperature above 0 and a strength of 0 or more, got "
                 f"temperature={self.temperature}, strength={self.strength}: try 0.5 and 1"
             )
-
-    _name: ClassVar[str] = "rebar"
 
     @property
     def learns(self) -> bool:
