@@ -1,12 +1,15 @@
 """Adversarial games over the models and guides that ``pvae.fit`` trains, one short function each.
 
-Each gives a :class:`pvae.adversarial.Game` for :func:`pvae.adversarial.play`.
+Each gives a :class:`pvae.adversarial.Game` for :func:`pvae.adversarial.play`. On the command line
+(``--game``) a game is a function that returns one: ``model``, ``guide``, ``x_dim`` and
+``image_shape`` are given to it where it has arguments so called, all others are options.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +18,23 @@ from torch.distributions import kl_divergence
 from torch.nn.functional import softplus
 
 from pvae.adversarial import Game, Moves, Player
-from pvae.errors import ProgramError
+from pvae.convolutions import ConvolutionalEncoder, image_shape_of
+from pvae.errors import OptionError, ProgramError
+from pvae.networks import MLP
 
 __all__ = ["adversarial_autoencoder", "avb", "gan", "vae_gan"]
 
 
-def gan(model: Any, discriminator: nn.Module, *, lr: float = 1e-3) -> Game:
+def gan(
+    model: Any,
+    discriminator: Any = None,
+    *,
+    image_shape: Sequence[int] | None = None,
+    channels: Sequence[int] = (16, 32),
+    spectral: bool = True,
+    average: float = 0.99,
+    lr: float = 1e-3,
+) -> Game:
     """A generative adversarial network: the means of a model's decoder against a discriminator.
 
     The generator lowers ``-log D(G(z))`` (the non-saturating loss), the discriminator
@@ -29,30 +43,44 @@ def gan(model: Any, discriminator: nn.Module, *, lr: float = 1e-3) -> Game:
     Args:
         model: With ``latent_prior()`` and ``decode(z)``, as those in ``models/``.
         discriminator: Rows ``(B, x_dim)`` to logits ``(B, 1)``.
+        image_shape: Of the data, for a discriminator that is made here.
+        channels: Of the discriminator that is made where none is given, after each halving of
+            height and width.
+        spectral: Normalise its weights spectrally (Miyato et al. 2018).
+        average: Decay of the moving average that the generator ends with; 0 for none.
         lr: Learning rate of both.
+
+    Raises:
+        ProgramError: The model lacks a method it is asked by.
+        OptionError: There is no discriminator, and the data are no images to make one for.
     """
     _require(model, "latent_prior", "decode")
+    judge = discriminator or _of_images("gan", image_shape, channels, spectral=spectral)
 
     def moves(x: Tensor) -> Moves:
-        fake = model.decode(_prior_draws(model, x)).mean
-        real_logits, fake_logits = _logits(discriminator, x, fake)
+        fake = _means(model, _prior_draws(model, x))
+        real_logits, fake_logits = _logits(judge, x, fake)
         losses = {"generator": _is_real(fake_logits).mean()}
         losses["discriminator"] = _is_real(real_logits).mean() + _is_fake(fake_logits).mean()
         return Moves(losses, _watched(real_logits, fake_logits, x, fake))
 
-    players = (_player("generator", model, lr), _player("discriminator", discriminator, lr))
-    return Game(players, moves, {"model": model, "discriminator": discriminator})
+    players = (_player("generator", model, lr, average), _player("discriminator", judge, lr))
+    return Game(players, moves, {"model": model, "discriminator": judge}, on_means=True)
 
 
 def vae_gan(
     model: Any,
     guide: Any,
-    discriminator: Any,
+    discriminator: Any = None,
     *,
+    image_shape: Sequence[int] | None = None,
+    channels: Sequence[int] = (16, 32),
+    spectral: bool = True,
     gamma: float = 0.05,
     beta: float = 1.0,
     equilibrium: float = 0.68,
     margin: float | None = 0.4,
+    average: float = 0.99,
     lr: float = 1e-3,
 ) -> Game:
     """A VAE whose decoder is a GAN's generator, and whose errors are measured by its discriminator.
@@ -74,30 +102,37 @@ def vae_gan(
         guide: With ``posterior(x)``, as those in ``guides/``.
         discriminator: Rows to logits ``(B, 1)``, with ``features(x)`` and ``output(features)``, as
             :class:`pvae.convolutions.ConvolutionalEncoder` has them.
+        image_shape: Of the data, for a discriminator that is made here.
+        channels: Of the discriminator that is made where none is given, after each halving of
+            height and width.
+        spectral: Normalise its weights spectrally (Miyato et al. 2018).
         gamma: Weight of the reconstruction in the decoder's loss.
         beta: Weight of the KL in the encoder's loss.
         equilibrium: Nats of a loss at which the two sides are even.
         margin: Nats either way within which both move; ``None``: both always do.
+        average: Decay of the moving averages that decoder and encoder end with; 0 for none.
         lr: Learning rate of all three.
 
     Raises:
         ProgramError: One of the three lacks a method it is asked by.
+        OptionError: There is no discriminator, and the data are no images to make one for.
     """
     _require(model, "latent_prior", "decode")
     _require(guide, "posterior")
-    _require(discriminator, "features", "output")
+    judge = discriminator or _of_images("vae_gan", image_shape, channels, spectral=spectral)
+    _require(judge, "features", "output")
 
     def moves(x: Tensor) -> Moves:
         posterior = _only_site(guide.posterior(x))
-        from_q = model.decode(posterior.rsample()).mean
-        from_p = model.decode(_prior_draws(model, x)).mean
-        features = discriminator.features(torch.cat([x, from_q, from_p]))
+        from_q = _means(model, posterior.rsample())
+        from_p = _means(model, _prior_draws(model, x))
+        features = judge.features(torch.cat([x, from_q, from_p]))
         real, near, _ = features.chunk(3)
-        real_logits, q_logits, p_logits = discriminator.output(features).chunk(3)
+        real_logits, q_logits, p_logits = judge.output(features).chunk(3)
         fake_logits = torch.cat([q_logits, p_logits])
         on_data, on_samples = _is_real(real_logits).mean(), _is_fake(fake_logits).mean()
         distance = 0.5 * (real - near).square().sum(-1).mean()
-        kl = kl_divergence(posterior, model.latent_prior()).mean()
+        kl = _kl(posterior, model.latent_prior())
         losses = {
             "encoder": beta * kl + distance,
             "decoder": gamma * distance + _is_real(fake_logits).mean(),
@@ -107,15 +142,23 @@ def vae_gan(
         return Moves(losses, watched, _gates(on_data, on_samples, equilibrium, margin))
 
     players = (
-        _player("encoder", guide, lr),
-        _player("decoder", model, lr),
-        _player("discriminator", discriminator, lr),
+        _player("encoder", guide, lr, average),
+        _player("decoder", model, lr, average),
+        _player("discriminator", judge, lr),
     )
-    return Game(players, moves, {"model": model, "guide": guide, "discriminator": discriminator})
+    modules = {"model": model, "guide": guide, "discriminator": judge}
+    return Game(players, moves, modules, on_means=True)
 
 
 def adversarial_autoencoder(
-    model: Any, guide: Any, discriminator: nn.Module, *, weight: float = 1.0, lr: float = 1e-3
+    model: Any,
+    guide: Any,
+    discriminator: Any = None,
+    *,
+    hidden: Sequence[int] = (200, 200),
+    weight: float = 1.0,
+    average: float = 0.0,
+    lr: float = 1e-3,
 ) -> Game:
     """An autoencoder whose codes, taken together, are made to look like the prior's.
 
@@ -126,14 +169,20 @@ def adversarial_autoencoder(
         model: With ``latent_prior()`` and ``decode(z)``.
         guide: With ``posterior(x)``, or any function of x that gives codes ``(B, z_dim)``.
         discriminator: Codes ``(B, z_dim)`` to logits ``(B, 1)``.
+        hidden: Width of each hidden layer of the discriminator that is made where none is given.
         weight: Of the game against reconstruction, whose unit is nats.
+        average: Decay of the moving averages that decoder and encoder end with; 0 for none.
         lr: Learning rate of all three.
+
+    Raises:
+        ProgramError: The model lacks a method it is asked by.
     """
     _require(model, "latent_prior", "decode")
+    judge = discriminator or _of_vectors(_code_size(model), hidden)
 
     def moves(x: Tensor) -> Moves:
         codes, draws = _codes(guide, x), _prior_draws(model, x)
-        prior_logits, code_logits = _logits(discriminator, draws, codes)
+        prior_logits, code_logits = _logits(judge, draws, codes)
         error = -model.decode(codes).log_prob(x).mean()
         losses = {
             "encoder": error + weight * _is_real(code_logits).mean(),
@@ -143,14 +192,23 @@ def adversarial_autoencoder(
         return Moves(losses, _watched(prior_logits, code_logits, draws, codes))
 
     players = (
-        _player("encoder", guide, lr),
-        _player("decoder", model, lr),
-        _player("discriminator", discriminator, lr),
+        _player("encoder", guide, lr, average),
+        _player("decoder", model, lr, average),
+        _player("discriminator", judge, lr),
     )
-    return Game(players, moves, {"model": model, "guide": guide, "discriminator": discriminator})
+    return Game(players, moves, {"model": model, "guide": guide, "discriminator": judge})
 
 
-def avb(model: Any, guide: Any, discriminator: nn.Module, *, lr: float = 1e-3) -> Game:
+def avb(
+    model: Any,
+    guide: Any,
+    discriminator: Any = None,
+    *,
+    x_dim: int | None = None,
+    hidden: Sequence[int] = (200, 200),
+    average: float = 0.0,
+    lr: float = 1e-3,
+) -> Game:
     """Adversarial variational Bayes: a posterior that can be drawn from but has no density.
 
     The discriminator T tells ``(x, z ~ q(z | x))`` from ``(x, z ~ p(z))``; at its best
@@ -162,16 +220,24 @@ def avb(model: Any, guide: Any, discriminator: nn.Module, *, lr: float = 1e-3) -
         guide: A module that takes x to draws ``(B, z_dim)`` by noise of its own, or one with
             ``posterior(x)``.
         discriminator: ``[x, z]`` side by side ``(B, x_dim + z_dim)`` to T ``(B, 1)``.
+        x_dim: Number of features of a datum, for a discriminator that is made here.
+        hidden: Width of each hidden layer of the discriminator that is made where none is given.
+        average: Decay of the moving averages that decoder and encoder end with; 0 for none.
         lr: Learning rate of encoder and decoder; the discriminator's is three times that.
+
+    Raises:
+        ProgramError: The model lacks a method it is asked by.
+        OptionError: There is neither a discriminator nor ``x_dim``.
     """
     _require(model, "latent_prior", "decode")
+    if discriminator is None and x_dim is None:
+        raise OptionError("avb needs a discriminator, or x_dim to make one: give it either")
+    judge = discriminator or _of_vectors((x_dim or 0) + _code_size(model), hidden)
 
     def moves(x: Tensor) -> Moves:
         codes, draws = _codes(guide, x), _prior_draws(model, x)
         beside = functools.partial(torch.cat, dim=-1)
-        posterior_logits, prior_logits = _logits(
-            discriminator, beside([x, codes]), beside([x, draws])
-        )
+        posterior_logits, prior_logits = _logits(judge, beside([x, codes]), beside([x, draws]))
         bound = (model.decode(codes).log_prob(x) - posterior_logits).mean()
         losses = {
             "encoder": -bound,
@@ -182,18 +248,40 @@ def avb(model: Any, guide: Any, discriminator: nn.Module, *, lr: float = 1e-3) -
         return Moves(losses, watched | {"bound": bound})
 
     players = (
-        _player("encoder", guide, lr),
-        _player("decoder", model, lr),
-        _player("discriminator", discriminator, 3 * lr),
+        _player("encoder", guide, lr, average),
+        _player("decoder", model, lr, average),
+        _player("discriminator", judge, 3 * lr),
     )
-    return Game(players, moves, {"model": model, "guide": guide, "discriminator": discriminator})
+    return Game(players, moves, {"model": model, "guide": guide, "discriminator": judge})
 
 
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def _player(name: str, module: Any, lr: float) -> Player:
-    return Player(name, [p for p in module.parameters() if p.requires_grad], lr=lr)
+def _player(name: str, module: Any, lr: float, average: float = 0.0) -> Player:
+    own = [p for p in module.parameters() if p.requires_grad]
+    return Player(name, own, lr=lr, average=average)
+
+
+def _of_images(
+    game: str, image_shape: Sequence[int] | None, channels: Sequence[int], *, spectral: bool
+) -> ConvolutionalEncoder:
+    """A convolutional discriminator: rows to logits ``(B, 1)``."""
+    if image_shape is None:
+        raise OptionError(
+            f"the discriminator of {game} looks at images, and the data have no image_shape: take "
+            "adversarial_autoencoder or avb, or pass a discriminator of your own"
+        )
+    shape = image_shape_of(math.prod(image_shape), image_shape)
+    return ConvolutionalEncoder(shape, 1, channels, activation="leaky_relu", spectral=spectral)
+
+
+def _of_vectors(size: int, hidden: Sequence[int]) -> MLP:
+    return MLP(size, 1, hidden, activation_name="leaky_relu")
+
+
+def _code_size(model: Any) -> int:
+    return int(math.prod(model.latent_prior().event_shape))
 
 
 def _require(program: Any, *methods: str) -> None:
@@ -217,10 +305,38 @@ def _only_site(posterior: Mapping[str, Any]) -> Any:
 def _codes(guide: Any, x: Tensor) -> Tensor:
     """Draws ``(B, z_dim)`` of an encoder, differentiable in its parameters."""
     if callable(getattr(guide, "posterior", None)):
-        codes: Tensor = _only_site(guide.posterior(x)).rsample()
+        posterior = _only_site(guide.posterior(x))
+        codes = posterior.rsample() if posterior.has_rsample else None
     else:
         codes = guide(x)
+    if not isinstance(codes, Tensor):
+        raise ProgramError(
+            f"{type(guide).__name__} gives no codes that its parameters can be moved by: take a "
+            "guide of one real latent site with posterior(x), such as gaussian or conv"
+        )
     return codes
+
+
+def _means(model: Any, z: Tensor) -> Tensor:
+    """Means ``(B, x_dim)`` of ``p(x | z)``, differentiable in z."""
+    try:
+        means: Tensor = model.decode(z).mean
+    except (NotImplementedError, AttributeError):
+        raise ProgramError(
+            f"{type(model).__name__} has no mean of p(x | z) to be shown to a discriminator: take "
+            "another likelihood or model, such as conv"
+        ) from None
+    return means
+
+
+def _kl(posterior: Any, prior: Any) -> Tensor:
+    try:
+        return kl_divergence(posterior, prior).mean()
+    except NotImplementedError:
+        raise ProgramError(
+            "the KL divergence of this guide's posterior from this prior is not known in closed "
+            "form: take a Gaussian guide (gaussian, conv) and a normal prior"
+        ) from None
 
 
 def _prior_draws(model: Any, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pvae.checkpoints import Saved, newest, save_tensors, set_aside, steps, writ
 from pvae.data import num_rows, take
 from pvae.distributed import Group, agree
 from pvae.engine import METRICS, Problem, Step, metrics, mix, seed_noise, stage
-from pvae.errors import NonFiniteError, OptionError, RunError
+from pvae.errors import NonFiniteError, RunError
 from pvae.evidence.importance import evaluation
 from pvae.interrupts import Interrupts, leave
 from pvae.launchers import leads
@@ -29,11 +29,11 @@ from pvae.objectives import Objective, PyroObjective
 from pvae.particles import named_tensors
 from pvae.parts import cut, own
 from pvae.progress import Reporter
-from pvae.resumption import Place, Saver, pack, refuse_difference, unpack
+from pvae.resumption import Place, Saver, pack, refuse_difference, unpack, unwritable
 from pvae.schedules import Schedule
 from pvae.trackers import Tracker
 
-__all__ = ["Loop", "Run", "unwritable"]
+__all__ = ["Loop", "Run", "compare_environments", "open_metrics"]
 
 _EVALUATION_BATCH = 1024
 
@@ -147,7 +147,7 @@ class Loop:
     def _put_back(self, folder: Path, saved: Saved, facts: Mapping[str, Any]) -> None:
         about = saved[1]
         refuse_difference(facts["configuration"], about["configuration"], str(self.run.run_dir))
-        _compare_environments(facts["environment"], about["environment"])
+        compare_environments(facts["environment"], about["environment"])
         self.best_state, self.sums = unpack(saved, self._state(), self.problems, folder)
         self.place, self.engine_state = Place.of(about["place"]), about["engine"]
         self.run.history = list(about["history"])
@@ -161,7 +161,7 @@ class Loop:
         """
         self.begun = started - self.place.seconds
         folder = self.run.run_dir if leads(self.group) else None
-        log = _open_metrics(folder, self.run.history)
+        log = open_metrics(folder, self.run.history)
         try:
             with Reporter(
                 self.epochs, self.steps_per_epoch, enabled=self.progress, done=self.place.step
@@ -401,14 +401,7 @@ def _known(pairs: Any) -> dict[str, float]:
     }
 
 
-def unwritable(folder: Path, error: OSError) -> OptionError:
-    """That a run folder cannot be made."""
-    return OptionError(
-        f"run_dir {folder} cannot be written ({error.strerror}): choose another folder"
-    )
-
-
-def _open_metrics(run_dir: Path | None, history: list[dict[str, float]]) -> Any:
+def open_metrics(run_dir: Path | None, history: list[dict[str, float]]) -> Any:
     """``metrics.jsonl``, with the epochs that were done and no half line."""
     if run_dir is None:
         return None
@@ -422,7 +415,8 @@ def _open_metrics(run_dir: Path | None, history: list[dict[str, float]]) -> Any:
         raise unwritable(run_dir, error) from None
 
 
-def _compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+def compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Warn of what a run goes on with that its last digits may depend on."""
     changed = [
         f"{key} was {before.get(key)} and is {now[key]}"
         for key in now

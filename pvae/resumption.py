@@ -5,10 +5,11 @@ Noise and order of the data come from ``(seed, step)`` alone, so no random state
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.checkpoints import Saved, write_checkpoint
+from pvae.checkpoints import Saved, steps, write_checkpoint
 from pvae.engine import Problem
 from pvae.errors import OptionError, RunError
+from pvae.locks import locked
 
 __all__ = [
     "Every",
     "Place",
     "Saver",
     "as_every",
+    "check_folder",
     "environment",
     "extras",
     "pack",
+    "pack_optimizers",
+    "put_back",
     "refuse_difference",
+    "taken",
     "unpack",
+    "unpack_optimizers",
+    "unwritable",
 ]
 
 _MOST = 6  # differences that a message lists
@@ -120,12 +128,23 @@ def pack(
     tensors |= {f"extra.{n}": tensor for n, tensor in extras(problems["joint"], state).items()}
     tensors |= {f"best.{name}": tensor for name, tensor in (best or {}).items()}
     tensors["epoch.sums"] = sums
+    kept, about = pack_optimizers({n: problem.optimizer for n, problem in problems.items()})
+    return tensors | kept, about
+
+
+def pack_optimizers(optimizers: Mapping[str, torch.optim.Optimizer]) -> Saved:
+    """What optimisers keep for each parameter, by the optimiser's name: tensors, and the rest.
+
+    Raises:
+        OptionError: One of them keeps what no checkpoint can hold.
+    """
+    tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     on_cpu = []
-    for phase, problem in problems.items():
-        for k, weight in enumerate(_weights(problem)):
-            for key, value in problem.optimizer.state.get(weight, {}).items():
-                name = f"optimizer.{phase}.{k}.{key}"
+    for owner, optimizer in optimizers.items():
+        for k, weight in enumerate(_weights(optimizer)):
+            for key, value in optimizer.state.get(weight, {}).items():
+                name = f"optimizer.{owner}.{k}.{key}"
                 if isinstance(value, Tensor):
                     tensors[name] = value
                     if value.device.type == "cpu" and weight.device.type != "cpu":
@@ -134,14 +153,14 @@ def pack(
                     values[name] = value
                 else:
                     raise OptionError(
-                        f"{type(problem.optimizer).__name__} keeps a {type(value).__name__} "
-                        f"{key!r}, which no checkpoint can hold: pass checkpoint_every=None"
+                        f"{type(optimizer).__name__} keeps a {type(value).__name__} {key!r}, which "
+                        "no checkpoint can hold: pass checkpoint_every=None"
                     )
     return tensors, {"optimizer_values": values, "optimizer_on_cpu": on_cpu}
 
 
-def _weights(problem: Problem) -> list[Tensor]:
-    return [weight for group in problem.optimizer.param_groups for weight in group["params"]]
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def unpack(
@@ -161,26 +180,29 @@ def unpack(
     Raises:
         RunError: They are those of another pair.
     """
-    tensors, about = saved
+    tensors = saved[0]
     device = problems["joint"].device
     own = {f"state.{name}": tensor for name, tensor in state.items()}
     own |= {f"extra.{n}": tensor for n, tensor in extras(problems["joint"], state).items()}
-    _refuse_others(own, tensors, folder)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-    for phase, problem in problems.items():
-        weights = _weights(problem)
-        problem.optimizer.state.clear()
-        prefix = f"optimizer.{phase}."
+    put_back(own, tensors, folder)
+    unpack_optimizers(saved, {name: problem.optimizer for name, problem in problems.items()})
+    best = {name: tensor.to(device) for name, tensor in _under("best.", tensors).items()}
+    return best or None, tensors["epoch.sums"].to(device)
+
+
+def unpack_optimizers(saved: Saved, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Fill optimisers with what :func:`pack_optimizers` gave, loaded."""
+    tensors, about = saved
+    for owner, optimizer in optimizers.items():
+        weights = _weights(optimizer)
+        optimizer.state.clear()
+        prefix = f"optimizer.{owner}."
         entries = _under(prefix, tensors) | _under(prefix, about["optimizer_values"])
         for name, value in sorted(entries.items(), key=lambda entry: entry[0]):
             index, _, key = name.partition(".")
             weight = weights[int(index)]
             on = torch.device("cpu") if prefix + name in about["optimizer_on_cpu"] else None
-            problem.optimizer.state[weight][key] = _like(value, weight, on)
-    best = {name: tensor.to(device) for name, tensor in _under("best.", tensors).items()}
-    return best or None, tensors["epoch.sums"].to(device)
+            optimizer.state[weight][key] = _like(value, weight, on)
 
 
 def _under(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +213,12 @@ def _under(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_others(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
+def put_back(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy the saved ``state.`` and ``extra.`` tensors into those of the same names.
+
+    Raises:
+        RunError: They are those of another pair.
+    """
     kept = {name for name in saved if name.startswith(("state.", "extra."))}
     for name in sorted(own.keys() ^ kept):
         what = "lacks" if name in own else "has, and the pair has not,"
@@ -203,6 +230,9 @@ def _refuse_others(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], folde
                 f"{folder} and {tensor.dtype} {tuple(tensor.shape)} in the pair: was the model "
                 "changed?"
             )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
 
 def _like(value: Any, weight: Tensor, device: torch.device | None) -> Any:
@@ -315,3 +345,41 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- the run folder ------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path | None, *, resume: bool, keep: int) -> None:
+    """Refuse a folder that holds a run already, unless it is to go on.
+
+    Raises:
+        OptionError: There is no folder to resume from, or no checkpoint is to stay.
+        RunError: It holds a run.
+    """
+    if keep < 1:
+        raise OptionError(f"keep_checkpoints must be at least 1, got {keep}")
+    if resume and folder is None:
+        raise OptionError("resume goes on with what is in a run folder: pass run_dir=")
+    if folder is not None and not resume and steps(folder / "checkpoints"):
+        raise RunError(
+            f"{folder} holds a run already: go on with it by resume=True, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """The run folder, made if need be, for this process alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    with locked(folder, again=True):
+        yield
+
+
+def unwritable(folder: Path, error: OSError) -> OptionError:
+    """That a run folder cannot be made."""
+    return OptionError(
+        f"run_dir {folder} cannot be written ({error.strerror}): choose another folder"
+    )

@@ -8,7 +8,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,7 @@ import torch
 
 from pvae.allocation import keep_large_blocks
 from pvae.alternation import Alternate, as_alternate, split
-from pvae.checkpoints import (
-    fingerprint,
-    steps,
-)
+from pvae.checkpoints import fingerprint
 from pvae.data import as_batch, num_rows, take
 from pvae.distributed import Group, agree, join, local_device
 from pvae.engine import (
@@ -29,20 +26,15 @@ from pvae.engine import (
     build_optimizer,
     seed_noise,
 )
-from pvae.errors import OptionError, ProgramError, RunError, did_you_mean
+from pvae.errors import OptionError, ProgramError, did_you_mean
 from pvae.interrupts import Interrupts
 from pvae.launchers import leads
-from pvae.locks import locked
-from pvae.loop import Loop, Run, unwritable
+from pvae.loop import Loop, Run
 from pvae.objectives import Objective, PyroObjective, as_objective
 from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
 from pvae.precision import precision_context
 from pvae.recipes import vae
-from pvae.resumption import (
-    Saver,
-    as_every,
-    environment,
-)
+from pvae.resumption import Saver, as_every, check_folder, environment, taken
 from pvae.schedules import Schedule
 from pvae.trackers import Tracker
 
@@ -154,7 +146,7 @@ def fit(
     _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
     folder, every = None if run_dir is None else Path(run_dir), as_every(checkpoint_every)
-    _check_run(folder, resume=resume, keep=keep_checkpoints)
+    check_folder(folder, resume=resume, keep=keep_checkpoints)
     where = device_of(device)
     _check_on_nan(on_nan, where)
     group = join(where)
@@ -211,7 +203,7 @@ def fit(
         )  # fmt: skip
         if folder is not None:
             if leads(group):
-                stack.enter_context(_taken(folder))
+                stack.enter_context(taken(folder))
             record = {
                 "epochs": epochs, "patience": patience, "batch_size": batch_size,
                 "lr_schedule": lr_schedule, "clip_norm": clip_norm, "alternate": plan,
@@ -398,28 +390,6 @@ def _lr_factor(schedule: str | Schedule, steps: int) -> Schedule:
 
 
 # --- the run folder ------------------------------------------------------------------------------
-
-
-def _check_run(folder: Path | None, *, resume: bool, keep: int) -> None:
-    if keep < 1:
-        raise OptionError(f"keep_checkpoints must be at least 1, got {keep}")
-    if resume and folder is None:
-        raise OptionError("resume goes on with what is in a run folder: pass run_dir=")
-    if folder is not None and not resume and steps(folder / "checkpoints"):
-        raise RunError(
-            f"{folder} holds a run already: go on with it by resume=True, or choose another folder"
-        )
-
-
-@contextlib.contextmanager
-def _taken(folder: Path) -> Iterator[None]:
-    """The run folder, made if need be, for this process alone."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    with locked(folder, again=True):
-        yield
 
 
 def _facts(

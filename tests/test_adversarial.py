@@ -163,14 +163,15 @@ def test_a_run_depends_on_its_seed_alone_and_leaves_a_folder(tmp_path, capsys):
         torch.rand(3)
         state = torch.get_rng_state()
         game = vae_gan(model, guide, discriminator)
-        contest = play(game, images(), epochs=2, batch_size=8, seed=seed, run_dir=tmp_path)
+        folder = tmp_path / str(len(found))
+        contest = play(game, images(), epochs=2, batch_size=8, seed=seed, run_dir=folder)
         assert torch.equal(state, torch.get_rng_state())
         found.append([{k: v for k, v in r.items() if k != "seconds"} for r in contest.history])
     assert found[0] == found[1]
     assert found[0] != found[2]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
-    tensors, _ = load_tensors(tmp_path / "checkpoints" / "best")
+    tensors, _ = load_tensors(folder / "checkpoints" / "best")
     assert torch.equal(tensors["model.decoder.head.0.weight"], model.decoder.head[0].weight)
     assert "accuracy" in capsys.readouterr().err
 
