@@ -1,4 +1,4 @@
-"""Models, guides and objectives by name: a listed folder, an import path, or the user's own file.
+"""Models, guides, objectives, games by name: a listed folder, an import path, a user's own file.
 
 There is no registry. What lies in ``models/`` and ``guides/`` is found by listing the folder, and
 the signature of a class is the list of its options.
@@ -29,6 +29,7 @@ __all__ = [
     "build_objective",
     "filled_names",
     "find",
+    "games",
     "listing",
     "objective_options",
     "objectives",
@@ -76,8 +77,10 @@ class Program:
 def listing(role: str) -> dict[str, str]:
     """Short name -> first docstring line of every shipped ``"model"`` or ``"guide"``.
 
-    The files are read, not imported.
+    The files are read, not imported. Of a ``"game"`` those of :func:`games`.
     """
+    if role == "game":
+        return {n: (inspect.getdoc(g) or "").partition("\n")[0] for n, g in games().items()}
     found = {}
     names = {file: name for name, file in _FILES.items()}
     for path in sorted((Path(__file__).parent / _FOLDERS[role]).glob("[!_]*.py")):
@@ -89,10 +92,10 @@ def listing(role: str) -> dict[str, str]:
 
 
 def find(role: str, text: str, *, copy: Path | None = None) -> Program:
-    """The model or guide that ``text`` names.
+    """The model, guide or game that ``text`` names.
 
     Args:
-        role: ``"model"`` or ``"guide"``.
+        role: ``"model"``, ``"guide"`` or ``"game"``, a function.
         text: A short name (dashes or underscores), ``package.module:Class``, or ``./file.py:Class``
             where ``:Class`` may be left out if the file has one candidate.
         copy: Read this copy of the user's file instead of the file itself.
@@ -112,6 +115,8 @@ def find(role: str, text: str, *, copy: Path | None = None) -> Program:
             f"no {role} is called {text!r}: {did_you_mean(name, known)} (or give "
             "package.module:Class or ./file.py:Class)"
         )
+    if role == "game":
+        return Program(games()[name], name, name)
     file = _FILES.get(name, name)
     module = importlib.import_module(f"pvae.{_FOLDERS[role]}.{file}")
     return Program(_only(role, module, module.__name__), name, name)
@@ -180,11 +185,17 @@ def _only(role: str, module: ModuleType, where: str) -> Any:
         if _is_own(module, value) and (name in public if public else name[0] != "_")
     }
     modules = [n for n, v in own.items() if inspect.isclass(v) and issubclass(v, nn.Module)]
+    modules = [] if role == "game" else modules
     functions = [n for n, v in own.items() if inspect.isfunction(v)]
     candidates = modules or [role if role in functions else n for n in functions]
     if len(set(candidates)) == 1:
         return own[candidates[0]]
     if not candidates:
+        if role == "game":
+            raise ProgramError(
+                f"{where} defines no game: write a function of model and guide that returns a "
+                "pvae.adversarial.Game"
+            )
         raise ProgramError(
             f"{where} defines no {role}: write a class (nn.Module) whose forward is the program, "
             "or a function"
@@ -268,7 +279,7 @@ class Options:
 
     Args:
         factory: A class or a function.
-        prefix: What the options begin with: model, guide or objective.
+        prefix: What the options begin with: model, guide, objective or game.
         hidden: Parameters that are not options.
         named: Parameters whose text is kept as it is.
     """
@@ -408,18 +419,27 @@ def _type_name(hint: Any) -> str:
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text)
 
 
-# --- objectives ----------------------------------------------------------------------------------
+# --- objectives and games ------------------------------------------------------------------------
 
 
 def objectives() -> dict[str, Callable[..., Any]]:
     """Name -> recipe: the functions of ``pvae.recipes`` that return an Objective."""
-    module = importlib.import_module("pvae.recipes")
+    return _functions("pvae.recipes", "Objective")
+
+
+def games() -> dict[str, Callable[..., Any]]:
+    """Name -> function: those of ``pvae.games`` that return a Game."""
+    return _functions("pvae.games", "Game")
+
+
+def _functions(place: str, returned: str) -> dict[str, Callable[..., Any]]:
+    module = importlib.import_module(place)
     return {
         name: value
         for name, value in vars(module).items()
         if name in module.__all__
         and inspect.isfunction(value)
-        and value.__annotations__.get("return") == "Objective"
+        and value.__annotations__.get("return") == returned
     }
 
 

@@ -25,6 +25,7 @@ from pvae import (
     catalogue,
     commands,
     doctor_command,
+    game_commands,
     latent_commands,
     runs,
     sweep_commands,
@@ -34,7 +35,7 @@ from pvae.launchers import launched
 
 __all__ = ["main"]
 
-_COMPONENTS = ("model", "guide", "objective")
+_COMPONENTS = ("model", "guide", "objective", "game")
 _KEPT = ("pvae", "data_facts", "num_parameters")  # in a run's config.yaml, but no options
 
 
@@ -98,9 +99,10 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
 def _fill_train(parser: _Parser) -> None:
     default = runs.DEFAULTS
     parser.epilog = (
-        "The arguments of MODEL, of the guide and of the objective are options too:\n"
+        "The arguments of MODEL, of the guide, the objective and the game are options too:\n"
         "  pvae train vae --model.z_dim 8 --model.hidden '[64, 64]' --guide.covariance full\n"
         "  pvae train vae --objective dreg --objective.num_particles 20\n"
+        "  pvae train conv --data mnist --game vae_gan --game.margin 0.3 --epochs 6\n"
         "  pvae train ./mine.py:Mine --data x.npy\n"
         "See them, with their meaning, by: pvae train MODEL --help"
     )
@@ -118,6 +120,12 @@ def _fill_train(parser: _Parser) -> None:
 
     option("guide", str, "GUIDE", "likewise")
     option("objective", str, "O", "what is maximised: vae, beta_vae, iwae, dreg, stl, rws, …")
+    option(
+        "game",
+        _or_none(str),
+        "GAME",
+        "play adversaries instead: gan, vae_gan, adversarial_autoencoder, avb, ./file.py:function",
+    )
     option("labels", _or_none(_whole), "N", "how many labels of training data are known; all")
     option(
         "data",
@@ -156,6 +164,8 @@ def _fill_train(parser: _Parser) -> None:
     option("on-nan", str, "HOW", "stop or skip: what a loss that is not finite does")
     option("checkpoint-every", _or_none(str), "TIME", "'100 steps', '1 epoch', '5 minutes' or none")
     option("keep-checkpoints", _whole, "N", "the newest ones that stay, beside the best")
+    option("track", _or_none(str), "WHERE", "tensorboard: curves, and pictures, while it trains")
+    option("pictures", _or_none(_whole), "N", "samples and reconstructions every N epochs")
     option("resume", str, "RUN", "go on with a run, as if it had never stopped")
     option("run-dir", str, "FOLDER", "where to write; runs/<model>-<data>-<n> if left out")
     option("config", str, "FILE", "a YAML file with any of these options; the command line wins")
@@ -409,11 +419,13 @@ def _train(argv: Sequence[str], parser: _Parser) -> None:
         folder = Path(arguments.pop("resume"))
         config, programs = _resolve(parser, arguments, given, folder)
         config.pop("run_dir", None)
-        commands.resume(config, programs, folder)
+        work = commands.resume if programs.game is None else game_commands.resume
+        work(config, programs, folder)
         return
     config, programs = _resolve(parser, arguments, given)
     in_file = config.pop("run_dir", None)
-    commands.train(config, programs, run_dir or in_file)
+    begin = commands.train if programs.game is None else game_commands.train
+    begin(config, programs, run_dir or in_file)
 
 
 def _sweep(argv: Sequence[str], parser: _Parser) -> None:
@@ -462,7 +474,14 @@ def _resolve(
         offered = programs.offered[component]
         if offered is not None:
             offered.missing(config[key])
+    if programs.game is not None:
+        game_commands.check(config, [*arguments, *(["objective"] if given["objective"] else [])])
+        config["game"] = programs.game.reference
     catalogue.build_objective(config["objective"], config["objective_options"])
+    if config["track"] is not None or config["pictures"] is not None:
+        from pvae import watching
+
+        watching.check(config)
     config |= {"model": programs.model.reference, "guide": programs.guide.reference}
     return config, programs
 
@@ -474,6 +493,9 @@ def _same(config: Mapping[str, Any], base: Mapping[str, Any], component: str) ->
 def _suited(model: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Options that the model's ``train_defaults`` name and the user left open."""
     suited = dict(getattr(catalogue.find("model", model).factory, "train_defaults", {}))
+    if chosen.get("game") is not None:  # the derived guide is a program, not a distribution
+        kept = ("guide", "guide_options", "transform")
+        suited = {"guide": "gaussian", **{k: v for k, v in suited.items() if k in kept}}
     if chosen.get("binarize") is not None:
         suited.pop("transform", None)
     if "objective" in chosen:
@@ -512,7 +534,7 @@ def _typed(file: str, key: str, value: Any, action: argparse.Action | None) -> A
 
 
 def _help_train(parser: _Parser, argv: Sequence[str]) -> None:
-    """The help page, with the options of the model, guide and objective if a MODEL is named."""
+    """The help page, with the options of model, guide, objective and game if a MODEL is named."""
     arguments = vars(_parse(parser, argv))
     if "model" in arguments:
         suited = _suited(arguments["model"], arguments)

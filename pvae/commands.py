@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIT",
+    "FREE",
     "Programs",
     "board",
     "choose_likelihood",
@@ -38,8 +39,11 @@ __all__ = [
     "data_for",
     "diagnose",
     "evaluate",
+    "has_encoder",
     "list_names",
     "load_data",
+    "need_encoder",
+    "resumable",
     "resume",
     "sample",
     "say",
@@ -67,7 +71,9 @@ FIT = (
     "on_nan",
 )
 # What may be different when a run is resumed; another device is a warning.
-_FREE = ("epochs", "patience", "checkpoint_every", "keep_checkpoints", "device")
+FREE = (
+    "epochs", "patience", "checkpoint_every", "keep_checkpoints", "device", "track", "pictures"
+)  # fmt: skip
 _LIKELIHOODS = {
     "binary": "bernoulli",
     "continuous": "gaussian",
@@ -91,13 +97,24 @@ class Programs:
             "model": _offered("model", self.model),
             "guide": _offered("guide", self.guide),
             "objective": catalogue.objective_options(config["objective"]),
+            "game": None,
         }
+        self.game: catalogue.Program | None = None
+        if config.get("game") is not None:
+            self.game = runs.find("game", config["game"], folder)
+            hidden = ("model", "guide", "discriminator", *catalogue.filled_names)
+            self.offered["game"] = catalogue.Options(self.game.factory, "game", hidden=hidden)
 
     def read(self, component: str, values: Mapping[str, Any], *, origin: str = "") -> Any:
         """The options given for a component, with their types."""
         offered = self.offered[component]
         if offered is not None:
             return offered.read(values, origin=origin)
+        if values and component == "game":
+            raise OptionError(
+                f"--game.{next(iter(values))} is an option of a game, and none is played: name one "
+                f"by --game, such as {', '.join(catalogue.games())}"
+            )
         if values:
             raise OptionError(
                 f"the {component} is a function, which has no options of its own: leave out "
@@ -140,7 +157,7 @@ def train(config: dict[str, Any], programs: Programs, run_dir: str | None) -> No
             final = Path(group.share(str(final)))
         if leads(group):
             stack.enter_context(runs.begin(final))
-            stack.enter_context(_resumable(final))
+            stack.enter_context(resumable(final))
         dataset = load_data(config)
         say(dataset.description())
         with threads(dataset):
@@ -169,14 +186,14 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
     with _grouped(config) as group, contextlib.ExitStack() as stack:
         if leads(group):
             stack.enter_context(locked(folder))
-            stack.enter_context(_resumable(folder))
+            stack.enter_context(resumable(folder))
         before = runs.read_config(folder)
         dataset = load_data(config)
         refuse_difference(
             {key: config[key] for key in runs.DEFAULTS},
             {key: before[key] for key in runs.DEFAULTS},
             str(folder),
-            free=_FREE,
+            free=FREE,
         )
         say(dataset.description())
         done = len(runs.history(folder, torn=True))
@@ -206,7 +223,7 @@ def _finish_train(config: Mapping[str, Any], run: Run, dataset: Dataset, folder:
 
 
 @contextlib.contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
+def resumable(folder: Path) -> Iterator[None]:
     """Say how an interrupted training goes on."""
     from pvae.checkpoints import steps
 
@@ -247,6 +264,11 @@ def _fit(
     moments = runs.statistics(dataset) | runs.example_rows(dataset)
     resumed = before is not None
     model, guide = runs.pair(config, about | moments, folder=folder if resumed else None)
+    trackers: list[Any] = [Doctor()] if progress else []
+    if config["track"] is not None or config["pictures"] is not None:
+        from pvae.watching import watchers
+
+        trackers += watchers(config, model, dataset, folder)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     if writes and programs.takes(*moments) and not resumed:
@@ -265,7 +287,7 @@ def _fit(
             resume=resumed,
             **runs.training_data(config, model, dataset),
             progress=progress,
-            trackers=[Doctor()] if progress else [],
+            trackers=trackers,
             **{key: config[key] for key in FIT},
         )
     except RunError:  # nothing has been trained
@@ -356,7 +378,12 @@ def threads(dataset: Dataset) -> Iterator[None]:
 def evaluate(arguments: argparse.Namespace) -> None:
     """``pvae evaluate``: the log evidence of held-out data, written into the run folder."""
     folder = Path(arguments.run)
-    config, run = runs.read_config(folder), runs.load(folder)
+    config = runs.read_config(folder)
+    if arguments.method != "annealed":
+        need_encoder(config, folder, "say --method annealed, which then starts from the prior")
+    run = runs.load(folder)
+    if not has_encoder(config, folder):
+        run.guide = None
     dataset = data_for(config, arguments.data)
     split = getattr(dataset, arguments.split)
     started = time.perf_counter()
@@ -393,6 +420,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
     say(f"wrote {folder}: evidence.json, evidence.nc, figures/evidence.png")
 
 
+def has_encoder(config: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the guide of a run was trained, which a game may leave as it was made."""
+    if config["game"] is None:
+        return True
+    game = runs.find("game", config["game"], folder)
+    return "guide" in catalogue.option_names(game.factory)
+
+
+def need_encoder(config: Mapping[str, Any], folder: Path, instead: str) -> None:
+    """Refuse a run whose guide was not trained.
+
+    Raises:
+        RunError: It says what to do instead.
+    """
+    if not has_encoder(config, folder):
+        game = str(config["game"]).rpartition(":")[2]
+        raise RunError(f"{folder} was trained by the game {game}, which has no encoder: {instead}")
+
+
 def _estimate(
     arguments: argparse.Namespace, run: Run, split: Any, group: Group | None
 ) -> tuple[Any, Any]:
@@ -420,7 +466,10 @@ def _estimate(
         estimator = shared(getattr(evidence, method))
         temperatures = arguments.num_temperatures or 1000
         with watched(f"{method}, {temperatures} temperatures") as progress:
-            found = estimator(*pair, num_temperatures=temperatures, seed=seed, progress=progress)
+            start = {"start": "prior"} if run.guide is None else {}
+            found = estimator(
+                *pair, num_temperatures=temperatures, seed=seed, progress=progress, **start
+            )
         return found.shifted(split.log_det), None
     if method == "auto":
         tolerance = 0.1 if arguments.tolerance is None else arguments.tolerance
@@ -535,7 +584,9 @@ def _write_evidence(
         runs.write_json(aside / "evidence.json", about)
         arviz.to_netcdf(
             aside / "evidence.nc",
-            posterior=arviz.posterior_draws(
+            posterior=None
+            if run.guide is None
+            else arviz.posterior_draws(
                 run.model,
                 run.guide,
                 runs.batch_for(run.model, split.x, split.labels),
@@ -561,7 +612,9 @@ def diagnose(arguments: argparse.Namespace) -> None:
                 f"--{option.replace('_', '-')} must be at least 2, got {getattr(arguments, option)}"
             )
     folder = Path(arguments.run)
-    config, run = runs.read_config(folder), runs.load(folder)
+    config = runs.read_config(folder)
+    need_encoder(config, folder, "diagnose a run of a game that has one, such as vae_gan")
+    run = runs.load(folder)
     dataset = data_for(config, None)
     rows = runs.test_batch(run.model, dataset, arguments.num_data)
     say(f"{dataset.description()}; the first {num_rows(rows)} of the test split")
@@ -677,7 +730,9 @@ def sample(arguments: argparse.Namespace) -> None:
     if labels is not None:
         labels = labels[torch.arange(len(x)) % len(labels)]
     example = runs.batch_for(run.model, x, labels)
-    draws, _, _ = runs.generate(run.model, example, seed=arguments.seed)
+    draws, means, _ = runs.generate(run.model, example, seed=arguments.seed)
+    if config["game"] is not None and means is not None:
+        draws = means  # what the game was about; p(x | z) besides its mean may be untrained
     drawn = dataset.transform.inverse(draws)
     for path in _write_samples(drawn, dataset, target):
         say(f"wrote {path}")
@@ -759,7 +814,8 @@ def _given_runs(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str
     if data != first["data"] and str(Path(data).absolute()) != first["data"]:
         raise RunError(f"these runs were trained on {first['data']}: leave out --data {data}")
     entries = {}
-    for folder in folders:
+    for folder, config in zip(folders, configs, strict=True):
+        need_encoder(config, folder, "leave it out")
         name = folder.name if folder.name not in entries else str(folder)
         run = runs.load(folder)
         entries[name] = (run, run.seconds)
@@ -935,6 +991,7 @@ def list_names(_: argparse.Namespace) -> None:
         "models": catalogue.listing("model"),
         "guides": catalogue.listing("guide"),
         "objectives": recipes,
+        "games": catalogue.listing("game"),
         "data sets": sources(),
         "baselines": baselines.available(),
         "optimizers": catalogue.optimizers(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import commands, runs
+from pvae.errors import RunError
 
 if TYPE_CHECKING:
     from pvae.doctor import Finding
@@ -25,7 +26,13 @@ def doctor(arguments: argparse.Namespace) -> None:
     from pvae.doctor import examine_data, examine_history, examine_pair, report
 
     folder = Path(arguments.run)
-    config, run = runs.read_config(folder), runs.load(folder)
+    config = runs.read_config(folder)
+    if config["game"] is not None:
+        raise RunError(
+            f"{folder} was trained by a game, and the doctor knows trainings by a bound: a side "
+            "that gave up is said while it trains"
+        )
+    run = runs.load(folder)
     dataset = commands.data_for(config, None)
     valid, labels = dataset.valid, dataset.valid.labels
     labels = None if labels is None else labels[:_ROWS]

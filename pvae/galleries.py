@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pvae.errors import DataError
@@ -25,12 +26,12 @@ from pvae.plots.figures import (
     rows_and_columns,
     shortened,
 )
-from pvae.plots.images import aspect_ratio, grey_range, show_images
+from pvae.plots.images import as_images, aspect_ratio, grey_range, mosaic, show_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["importances", "interpolations", "pairs", "sample_grid", "scores", "traversals"]
+__all__ = ["importances", "interpolations", "pairs", "sample_grid", "scores", "tiles", "traversals"]
 
 _MAX_ROWS = 12  # of a picture, before its cells become unreadable
 _WIDTH = 9.0  # inches
@@ -226,6 +227,27 @@ def scores(detections: Mapping[str, Detection]) -> Figure:
     for axes in grid[len(detections) :]:
         axes.set_axis_off()
     return figure
+
+
+def tiles(
+    rows: Tensor, image_shape: Sequence[int], *, columns: int, scale: tuple[float, float]
+) -> Tensor:
+    """Images as one picture ``(H, W)`` or ``(3, H, W)`` in [0, 1], thin white lines between.
+
+    Args:
+        rows: ``(N, D)``.
+        image_shape: ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``.
+        columns: Images in a row.
+        scale: The values that become 0 and 1.
+
+    Raises:
+        DataError: There are none, or they do not make up images of that shape.
+    """
+    low, high = scale
+    both = mosaic(as_images(_some(rows), image_shape), columns)
+    grey = np.nan_to_num(np.clip((both - low) / max(high - low, 1e-12), 0, 1), nan=1.0)
+    picture = torch.from_numpy(grey).float()
+    return picture if picture.dim() == 2 else picture.movedim(-1, 0)
 
 
 def importances(importance: Any, factors: Sequence[str]) -> Figure:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import runs
-from pvae.commands import data_for, say, threads, watched
+from pvae.commands import data_for, need_encoder, say, threads, watched
 from pvae.errors import DataError, OptionError, ProgramError
 
 if TYPE_CHECKING:
@@ -171,8 +171,9 @@ def out_of_distribution(arguments: argparse.Namespace) -> None:
 
 def _opened(arguments: argparse.Namespace) -> tuple[Run, Dataset]:
     folder = Path(arguments.run)
-    config, run = runs.read_config(folder), runs.load(folder)
-    return run, data_for(config, arguments.data)
+    config = runs.read_config(folder)
+    need_encoder(config, folder, f"pvae sample {folder} shows what it makes")
+    return runs.load(folder), data_for(config, arguments.data)
 
 
 def _observed(run: Run, rows: Tensor) -> str:

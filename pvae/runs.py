@@ -9,6 +9,7 @@
         checkpoints/step-00000400/   all that an interrupted training needs to go on
         source/            a copy of the user's own model or guide file
         figures/*.png
+        tensorboard/       from `pvae train --track tensorboard`
         evidence.nc, evidence.json, figures/evidence.png   from `pvae evaluate`
 
 A configuration is a plain dict. Nothing here is ever unpickled.
@@ -76,6 +77,8 @@ DEFAULTS: Mapping[str, Any] = {
     "guide_options": {},
     "objective": "vae",
     "objective_options": {},
+    "game": None,
+    "game_options": {},
     "data": "digits",
     "binarize": None,
     "transform": None,
@@ -98,6 +101,8 @@ DEFAULTS: Mapping[str, Any] = {
     "checkpoint_every": "5 minutes",
     "keep_checkpoints": 2,
     "on_nan": "stop",
+    "track": None,
+    "pictures": None,
 }
 _LATER = (
     "alternate",
@@ -105,9 +110,13 @@ _LATER = (
     "keep_checkpoints",
     "data_size",
     "data_unreadable",
+    "game",
+    "game_options",
     "labels",
     "on_nan",
     "parts",
+    "pictures",
+    "track",
 )  # older runs lack them
 
 
@@ -292,7 +301,7 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _user_files(config: Mapping[str, Any]) -> list[Path]:
-    places = [str(config[role]).partition(":")[0] for role in ("model", "guide")]
+    places = [str(config.get(role)).partition(":")[0] for role in ("model", "guide", "game")]
     return [Path(place) for place in dict.fromkeys(places) if place.endswith(".py")]
 
 
@@ -621,7 +630,7 @@ def _restore(
     from pvae.particles import named_tensors, parameters
 
     own = named_tensors(model, guide)
-    tensors = {n: t for n, t in tensors.items() if not n.startswith("objective.")}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(("objective.", "game."))}
     if any(name.startswith("store.") for name in tensors):
         own |= parameters(model, guide, torch.zeros(2, x_dim))
     for name in sorted(own.keys() ^ tensors.keys()):

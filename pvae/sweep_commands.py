@@ -69,7 +69,13 @@ def _check(config: dict[str, Any], arguments: argparse.Namespace) -> None:
         raise OptionError(f"--confirm takes a number of seeds, 0 for none, got {arguments.confirm}")
     space = parse_all(arguments.search)
     for values in corners(space):
-        _resolved(configure(config, values))
+        chosen, _ = _resolved(configure(config, values))
+        for name in ("game", "track", "pictures"):
+            if chosen[name] is not None:
+                raise OptionError(
+                    f"--{name} is for one training, and a sweep is many, judged by their evidence: "
+                    "leave it out, and give it to pvae train with the best.yaml that is found"
+                )
 
 
 def _resolved(config: dict[str, Any]) -> tuple[dict[str, Any], commands.Programs]:

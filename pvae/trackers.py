@@ -57,11 +57,15 @@ class TensorBoard:
             raise OptionError(
                 "TensorBoard is not installed: pip install 'pvae-toolkit[tensorboard]'"
             ) from None
-        self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.make: Any = SummaryWriter
+        self.folder = str(folder)
+        self.writer: Any = None
         self.hparams, self.pictures, self.interval = hparams, pictures, interval
 
     def start(self, run: Run) -> None:
-        """Nothing is known yet."""
+        """The files are opened; what they say of epochs that are gone through again is void."""
+        again = len(run.history) + 1 if run.history else None
+        self.writer = self.make(self.folder, purge_step=again)
 
     def epoch(self, run: Run, row: Mapping[str, float]) -> None:
         """One point of every scalar, by epoch; pictures where it is their turn."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from pvae.adversarial import Game, Moves, Player, _collapse, _step, play
 from pvae.checkpoints import load_tensors
 from pvae.convolutions import ConvolutionalEncoder
 from pvae.engine import build_optimizer
-from pvae.errors import NonFiniteError, OptionError, ProgramError
+from pvae.errors import NonFiniteError, OptionError, ProgramError, RunError
 from pvae.games import _gates, adversarial_autoencoder, avb, gan, vae_gan
 from pvae.guides.conv import Conv as ConvGuide
 from pvae.guides.gaussian import Gaussian
@@ -187,10 +190,51 @@ def test_options_programs_and_numbers_that_cannot_be(tmp_path):
         vae_gan(model, guide, MLP(16, 1))
     with pytest.raises(ProgramError, match="has no latent_prior"):
         gan(discriminator, discriminator)
+    with pytest.raises(OptionError, match="the data have no image_shape"):
+        gan(model)
+    with pytest.raises(OptionError, match="needs a discriminator, or x_dim"):
+        avb(model, guide)
     with torch.no_grad():
         model.decoder.head[0].weight.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="epoch 1: .*generator.* is not finite"):
         play(gan(model, discriminator), images(), epochs=1, batch_size=8, progress=False)
+
+
+def test_programs_that_a_game_cannot_use_are_named():
+    model, guide, discriminator = trio()
+    x = images(8)
+
+    class Sites(nn.Linear):
+        """A guide that gives sites, as a derived one does."""
+
+        def forward(self, x):
+            return {"z": super().forward(x)}
+
+    with pytest.raises(ProgramError, match="Sites gives no codes"):
+        adversarial_autoencoder(model, Sites(16, 2)).moves(x)
+    student = torch.distributions.Independent(torch.distributions.StudentT(torch.ones(8, 2)), 1)
+    guide.posterior = lambda x: {"z": student}
+    with pytest.raises(ProgramError, match="not known in closed form"):
+        vae_gan(model, guide, discriminator).moves(x)
+    guide.posterior = lambda x: {"z": student, "w": student}
+    with pytest.raises(ProgramError, match="one latent site, and the guide has z, w"):
+        avb(model, guide, x_dim=16).moves(x)
+    model.decode = lambda z: object()
+    with pytest.raises(ProgramError, match="has no mean of p"):
+        gan(model, discriminator).moves(x)
+
+
+def test_discriminators_are_made_for_the_data_where_none_is_given():
+    model, guide, _ = trio()
+    x = torch.bernoulli(images(8))
+    for game in (
+        gan(model, image_shape=(4, 4), channels=(3,)),
+        vae_gan(model, guide, image_shape=(4, 4), channels=(3,), spectral=False),
+        adversarial_autoencoder(model, guide, hidden=(5,)),
+        avb(model, guide, x_dim=16, hidden=(5,)),
+    ):
+        assert all(torch.isfinite(loss) for loss in game.moves(x).losses.values())
+        assert game.on_means is (game.players[-2].average > 0)
 
 
 def test_a_collapse_of_either_side_is_said_in_one_line_once(capsys):
@@ -219,6 +263,129 @@ def test_a_collapse_of_either_side_is_said_in_one_line_once(capsys):
         in _collapse(healthy | {"logit_spread": 0.001})["discriminator is mute"]
     )
     assert "collapsed on few" in _collapse(healthy | {"sample_spread": 0.05})["samples are alike"]
+
+
+class Stop(Exception):
+    """What ends a training in a test."""
+
+
+def stopping(after: int):
+    """A preprocess that lets so many batches through."""
+    calls = iter(range(after))
+
+    def one(x: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise Stop
+        return x
+
+    return one
+
+
+def test_an_interrupted_game_ends_with_the_bytes_of_one_that_was_not(tmp_path):
+    """Stopped within an epoch, at the end of one, and thrice; averages and sums are kept too."""
+    options = {"epochs": 3, "batch_size": 8, "checkpoint_every": "1 step", "progress": False}
+
+    def start(folder: str, **changed: Any):
+        model, guide, discriminator = trio()
+        for layer in (discriminator.body[0], discriminator.output):
+            torch.nn.utils.parametrizations.spectral_norm(layer)  # its buffers change each step
+        game = vae_gan(model, guide, discriminator, average=0.9)
+        return play(game, images(), run_dir=tmp_path / folder, **(options | changed))
+
+    whole = start("whole")
+    truth = load_tensors(tmp_path / "whole" / "checkpoints" / "best")[0]
+    for number, stops in enumerate(((6,), (4,), (1, 2, 3))):
+        for k, after in enumerate(stops):
+            with pytest.raises(Stop):
+                start(f"run{number}", preprocess=stopping(after), resume=k > 0)
+        contest = start(f"run{number}", resume=True)
+        found = load_tensors(tmp_path / f"run{number}" / "checkpoints" / "best")[0]
+        assert found.keys() == truth.keys()
+        assert all(torch.equal(found[name], truth[name]) for name in truth)
+        for ours, theirs in zip(contest.history, whole.history, strict=True):
+            assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_a_game_is_resumed_as_it_was_or_not_at_all(tmp_path):
+    model, guide, discriminator = trio()
+    options = {"epochs": 1, "batch_size": 8, "progress": False, "run_dir": tmp_path}
+    play(vae_gan(model, guide, discriminator), images(), **options)
+    with pytest.raises(RunError, match="holds a run already"):
+        play(vae_gan(model, guide, discriminator), images(), **options)
+    with pytest.raises(RunError, match=r"decoder.lr was 0.001 and is 0.01"):
+        play(vae_gan(model, guide, discriminator, lr=0.01), images(), resume=True, **options)
+    with pytest.raises(RunError, match="data was"):
+        play(vae_gan(model, guide, discriminator), images(24), resume=True, **options)
+    with pytest.raises(OptionError, match="pass run_dir="):
+        play(vae_gan(model, guide, discriminator), images(), resume=True)
+    assert len(play(vae_gan(*trio()), images(), resume=True, **options).history) == 1
+
+
+def test_a_signal_saves_the_step_at_hand(tmp_path):
+    def interrupted(x: Tensor) -> Tensor:
+        if not (tmp_path / "sent").exists():
+            (tmp_path / "sent").touch()
+            os.kill(os.getpid(), signal.SIGINT)
+        return x
+
+    options = {"epochs": 2, "batch_size": 8, "progress": False, "run_dir": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        play(vae_gan(*trio()), images(), preprocess=interrupted, **options)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
+    game = vae_gan(*trio())
+    resumed = play(game, images(), preprocess=interrupted, resume=True, **options)
+    assert [row["epoch"] for row in resumed.history] == [1, 2]
+
+
+# --- averages and trackers -----------------------------------------------------------------------
+
+
+def falling(average: float) -> tuple[nn.Parameter, Game]:
+    """One parameter that falls by 1 each step, so that its average is known."""
+    weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    options: Any = {"optimizer": "sgd", "lr": 1.0, "optimizer_options": {}, "average": average}
+    return weight, Game((Player("one", [weight], **options),), lambda x: Moves({"one": weight}))
+
+
+def test_a_player_ends_with_the_moving_average_of_its_parameters():
+    weight, game = falling(0.6)
+    play(game, images(40), epochs=2, batch_size=8, progress=False)
+    mean = 0.0
+    for step in range(1, 11):
+        decay = min(0.6, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * -step
+    assert float(weight.detach()) == pytest.approx(mean, abs=1e-12)
+    assert mean > -9.0  # not the last step's
+    weight, game = falling(0.0)
+    play(game, images(40), epochs=2, batch_size=8, progress=False)
+    assert float(weight.detach()) == -10.0
+    with pytest.raises(OptionError, match="at least 0 and below 1"):
+        falling(1.0)
+
+
+def test_trackers_are_shown_the_average_and_change_nothing():
+    said: list[float] = []
+
+    class Notes:
+        def start(self, run):
+            said.append(float(weight.detach()))
+
+        def epoch(self, run, row):
+            assert run.history[-1] is row
+            said.append(float(weight.detach()))
+
+        def finish(self, run):
+            said.append(run.best_epoch)
+
+    weight, game = falling(0.6)
+    play(game, images(40), epochs=2, batch_size=8, progress=False, trackers=[Notes()])
+    ended = float(weight.detach())
+    assert said[0] == 0.0
+    assert -5.0 < said[1] < -2.0  # after five steps
+    assert said[2:] == [ended, 2]
+    weight, game = falling(0.6)
+    play(game, images(40), epochs=2, batch_size=8, progress=False)
+    assert float(weight.detach()) == ended
 
 
 # --- what the games learn ------------------------------------------------------------------------

@@ -93,11 +93,12 @@ FLOORS = [
         "search_spaces",
     },
     {"galleries", "segments", "sweeps"},
+    {"watching"},
     {"cells"},
     {"standings"},
     {"roster"},
     {"commands"},
-    {"doctor_command", "latent_commands", "sweep_commands"},
+    {"doctor_command", "game_commands", "latent_commands", "sweep_commands"},
     {"cli", "__main__"},
 ]
 

@@ -7,7 +7,7 @@ markers differ too.
 
 from pvae.plots.boards import board, standings
 from pvae.plots.calibrations import coverage_curves, predictive_histograms, rank_histograms
-from pvae.plots.curves import selection_curves, training_curves
+from pvae.plots.curves import game_curves, selection_curves, training_curves
 from pvae.plots.evidences import evidence_against, gap_ledger, weights_diagnostics
 from pvae.plots.figures import save
 from pvae.plots.latents import latent_information, latent_scatter
@@ -17,6 +17,7 @@ __all__ = [
     "board",
     "coverage_curves",
     "evidence_against",
+    "game_curves",
     "gap_ledger",
     "latent_information",
     "latent_scatter",

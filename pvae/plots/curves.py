@@ -60,6 +60,40 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
     return figure
 
 
+def game_curves(history: History, players: Sequence[str]) -> Figure:
+    """The players' losses by epoch, and how often the discriminator is right.
+
+    Args:
+        history: That of a :class:`pvae.adversarial.Contest`.
+        players: Whose losses are drawn.
+
+    Raises:
+        DataError: There is no epoch.
+    """
+    if not history:
+        raise DataError("there is no epoch to draw: pass the history of a game")
+    figure = empty_figure(9.0, 4.0)
+    left, right = figure.subplots(1, 2)
+    epochs = _column(history, "epoch")
+    lone = "o" if len(history) == 1 else None
+    for name, colour in zip(players, itertools.cycle(COLOURS), strict=False):
+        left.plot(epochs, _column(history, name), color=colour, label=shortened(name), marker=lone)
+    sizes = [abs(row[name]) for row in history for name in players if name in row]
+    apart = max(sizes, default=1.0) > 30 * min(sizes, default=1.0)  # nats beside log-odds
+    left.set(xlabel="epoch", ylabel="loss", title="Losses", yscale="symlog" if apart else "linear")
+    watched = {"accuracy": "discriminator's accuracy", "sample_spread": "samples' spread / data's"}
+    for (key, label), colour in zip(watched.items(), COLOURS, strict=False):
+        if key in history[0]:
+            right.plot(epochs, _column(history, key), color=colour, label=label, marker=lone)
+    right.axhline(0.5, color=GREY, lw=0.8, ls=":")  # where the discriminator guesses
+    right.set(xlabel="epoch", ylim=(0, None), title="Balance")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _curve(axes: Any, name: str, history: History, colour: str) -> list[float]:
     """One run's lines; returns the values that must be seen: all but the first tenth."""
     epochs = _column(history, "epoch")

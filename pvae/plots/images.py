@@ -38,17 +38,17 @@ def aspect_ratio(shape: Sequence[int]) -> float:
     return sizes[0] / sizes[1]
 
 
-def _mosaic(images: Array, columns: int) -> Array:
+def mosaic(images: Array, columns: int) -> Array:
     """``(n, H, W[, 3])`` to one picture, thin gaps (NaN) between."""
     count, height, width = images.shape[:3]
     gap = max(1, round(min(height, width) / 14))
     rows = math.ceil(count / columns)
     size = (rows * (height + gap) - gap, columns * (width + gap) - gap)
-    mosaic = np.full((*size, *images.shape[3:]), np.nan)
+    picture = np.full((*size, *images.shape[3:]), np.nan)
     for k, image in enumerate(images):
         top, left = (k // columns) * (height + gap), (k % columns) * (width + gap)
-        mosaic[top : top + height, left : left + width] = image
-    return mosaic
+        picture[top : top + height, left : left + width] = image
+    return picture
 
 
 def grey_range(data: Array) -> tuple[float, float]:
@@ -65,11 +65,11 @@ def show_images(
     Returns:
         Height and width of the whole picture, in pixels.
     """
-    mosaic = _mosaic(as_images(x, shape), columns)
-    height, width = mosaic.shape[:2]
-    if mosaic.ndim == 3:
-        mosaic = np.nan_to_num(np.clip((mosaic - low) / (high - low), 0, 1), nan=1.0)
-    axes.imshow(mosaic, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    picture = mosaic(as_images(x, shape), columns)
+    height, width = picture.shape[:2]
+    if picture.ndim == 3:
+        picture = np.nan_to_num(np.clip((picture - low) / (high - low), 0, 1), nan=1.0)
+    axes.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
     axes.set_axis_on()
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
