@@ -25,7 +25,6 @@ import pvae
 from pvae import plots, runs
 from pvae import sample_quality as quality
 from pvae.adversarial import play
-from pvae.convolutions import ConvolutionalEncoder
 from pvae.games import vae_gan
 from pvae.guides.conv import Conv as ConvGuide
 from pvae.image_features import train_classifier
@@ -82,10 +81,7 @@ def train(
         *trained["VAE"], grey, preprocess=torch.bernoulli, epochs=epochs[0], batch_size=64,
         lr=2e-3, lr_schedule="cosine", engine="eager", seed=seed, run_dir=folder / "vae",
     )  # fmt: skip
-    discriminator = ConvolutionalEncoder(
-        trained["VAE"][0].shape, 1, (16, 32), activation="leaky_relu", spectral=True
-    )
-    game = vae_gan(*trained["VAE-GAN"], discriminator)
+    game = vae_gan(*trained["VAE-GAN"], image_shape=bits.image_shape)
     contest = play(game, grey, epochs=epochs[1], seed=seed, run_dir=folder)
     for program in (part for both in trained.values() for part in both):
         program.eval()

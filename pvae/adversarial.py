@@ -343,11 +343,13 @@ class _Loop:
     def _say_what_collapsed(self, row: Mapping[str, float]) -> None:
         """One epoch may be the start of the training; two in a row are a side that gave up."""
         found = _collapse(row)
+        if "samples are alike" in found and _is_spreading(self.contest.history):
+            del found["samples are alike"]
         for kind, sentence in found.items():
             if kind in self.suspected and kind not in self.said:
                 self.said.append(kind)
-                self.contest.collapsed.append(sentence)
-                self.reporter.say(f"epoch {row['epoch']:.0f}: {sentence}")
+                self.contest.collapsed.append(f"epoch {row['epoch']}: {sentence}")
+                self.reporter.say(self.contest.collapsed[-1])
         self.suspected = list(found)
 
     # --- averages ---
@@ -520,6 +522,12 @@ def _check_finite(row: Mapping[str, float]) -> None:
         raise NonFiniteError(
             f"epoch {row['epoch']:.0f}: {', '.join(bad)} is not finite: lower the players' lr"
         )
+
+
+def _is_spreading(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether samples differ more than they did, as those of an untrained generator come to."""
+    last = [row["sample_spread"] for row in history[-2:]]
+    return len(last) == 2 and last[1] > 1.25 * last[0]
 
 
 def _collapse(row: Mapping[str, float]) -> dict[str, str]:

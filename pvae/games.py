@@ -245,6 +245,8 @@ def avb(
             "discriminator": _is_real(posterior_logits).mean() + _is_fake(prior_logits).mean(),
         }
         watched = _watched(posterior_logits, prior_logits, draws, codes)
+        # Posteriors are apart from the prior where z says anything: telling them is no collapse.
+        watched["told_apart"] = watched.pop("accuracy")
         return Moves(losses, watched | {"bound": bound})
 
     players = (

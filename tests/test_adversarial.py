@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 import pvae
-from pvae.adversarial import Game, Moves, Player, _collapse, _step, play
+from pvae.adversarial import Game, Moves, Player, _collapse, _is_spreading, _step, play
 from pvae.checkpoints import load_tensors
 from pvae.convolutions import ConvolutionalEncoder
 from pvae.engine import build_optimizer
@@ -258,6 +258,9 @@ def test_a_collapse_of_either_side_is_said_in_one_line_once(capsys):
     healthy = {"epoch": 1.0, "accuracy": 0.7, "logit_spread": 1.0, "sample_spread": 0.9}
     assert not _collapse(healthy)
     assert not play(gan(VAE(16, z_dim=2), Stubborn()), bits, epochs=1, progress=False).collapsed
+    few = [{"sample_spread": 0.05}, {"sample_spread": 0.2}]
+    assert _is_spreading(few)  # an untrained generator is no collapsed one
+    assert not _is_spreading(few[::-1])
     assert (
         "same of everything"
         in _collapse(healthy | {"logit_spread": 0.001})["discriminator is mute"]
