@@ -23,6 +23,8 @@ _LARGEST = 2**30  # a block above it goes back to the system when it is freed
 def keep_large_blocks() -> bool:
     """Freed blocks up to 1 GiB stay with the process, for the next of their size.
 
+    Before torch's first allocation, it also asks for huge pages (``THP_MEM_ALLOC_ENABLE``).
+
     Only of glibc, and not where the environment has settings of its own (``MALLOC_…``,
     ``GLIBC_TUNABLES``).
 
@@ -32,5 +34,6 @@ def keep_large_blocks() -> bool:
     own = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if own or platform.libc_ver()[0] != "glibc":
         return False
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, _LARGEST))

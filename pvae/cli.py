@@ -30,6 +30,7 @@ from pvae import (
     runs,
     sweep_commands,
 )
+from pvae.allocation import keep_large_blocks
 from pvae.errors import OptionError, PvaeError, did_you_mean
 from pvae.launchers import launched
 
@@ -635,6 +636,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or that of the error (2 usage and programs, 65 data, 66 run folders, 70
         numbers, 74 files, 130 interrupted).
     """
+    keep_large_blocks()  # before the first of them
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
