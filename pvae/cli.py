@@ -162,7 +162,7 @@ def _fill_train(parser: _Parser) -> None:
     option("device", str, "DEVICE", "auto, cpu, cuda, …")
     option("engine", str, "ENGINE", "auto, eager, staged, compiled or cudagraph: how a step is run")
     option("precision", str, "P", "full, or bfloat16 for linear and convolution layers")
-    option("on-nan", str, "HOW", "stop or skip: what a loss that is not finite does")
+    option("on-nan", str, "HOW", "stop, skip or rollback, where a loss is not finite")
     option("checkpoint-every", _or_none(str), "TIME", "'100 steps', '1 epoch', '5 minutes' or none")
     option("keep-checkpoints", _whole, "N", "the newest ones that stay, beside the best")
     option("track", _or_none(str), "WHERE", "tensorboard: curves, and pictures, while it trains")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data import as_batch, num_rows, take
+from pvae.data.mapped import MappedRows
 from pvae.errors import PvaeError
 from pvae.evidence import importance, information
 from pvae.evidence.importance import evaluation
@@ -35,6 +36,7 @@ _IGNORED = 0.1  # nats that exchanging the latents between data costs a decoder 
 _DEAD = 0.25  # share of a layer's units that never vary
 _UNRELIABLE = 0.7  # k-hat above which importance sampling is not to be trusted
 _WEIGHT = "the KL weight does not end at 1"
+_ROLLED_BACK = "the training was rolled back"
 _CONFIRMED = 3  # epochs that a trend has to last
 
 
@@ -59,8 +61,10 @@ class Finding:
 # --- data ----------------------------------------------------------------------------------------
 
 
-def examine_data(x: Tensor) -> list[Finding]:
+def examine_data(x: Tensor | MappedRows) -> list[Finding]:
     """Rows ``(N, D)``: values that are not finite, columns that never vary, scales far apart."""
+    if isinstance(x, MappedRows):  # a row that is not finite was refused when it was read
+        return _still(x.moments.low == x.moments.high)
     if not x.is_floating_point() or x.dim() < 2:
         return []
     flat = x.flatten(1)
@@ -77,16 +81,20 @@ def examine_data(x: Tensor) -> list[Finding]:
             )
         )
         return found
-    still = (flat == flat[0]).all(0).nonzero().flatten().tolist()
-    if still:
-        found.append(
-            Finding(
-                "columns that never vary",
-                f"{len(still)} of {flat.shape[1]}, the first number {still[0]}",
-                "leave them out: a density there tells of its floor alone",
-            )
+    return _still((flat == flat[0]).all(0))
+
+
+def _still(columns: Tensor) -> list[Finding]:
+    still = columns.nonzero().flatten().tolist()
+    if not still:
+        return []
+    return [
+        Finding(
+            "columns that never vary",
+            f"{len(still)} of {len(columns)}, the first number {still[0]}",
+            "leave them out: a density there tells of its floor alone",
         )
-    return found
+    ]
 
 
 # --- history -------------------------------------------------------------------------------------
@@ -101,7 +109,7 @@ def examine_history(
     """
     if not history:
         return []
-    found = [*_diverging(history), *_over_fitting(history)]
+    found = [*_rolled_back(history), *_diverging(history), *_over_fitting(history)]
     if finished and not getattr(getattr(objective, "kl_term", None), "steers", False):
         found += _weight(history)
     if finished:
@@ -129,6 +137,18 @@ def _collapse(history: History) -> Iterator[Finding]:
             f"the KL of all latents is {kl:.3f} nats, so q(z|x) is the prior whatever x is",
             "let the KL weight rise from 0 (beta='Linear(1000)'), give free bits, take more "
             "particles (iwae) or a weaker decoder",
+        )
+
+
+def _rolled_back(history: History) -> Iterator[Finding]:
+    rows = [row for row in history if row.get("rolled_back")]
+    if rows:
+        yield Finding(
+            _ROLLED_BACK,
+            f"a loss or gradient was not finite {sum(row['rolled_back'] for row in rows):.0f} "
+            f"times in {len(rows)} epochs, the first number {rows[0]['epoch']:.0f}",
+            "the warning of that moment names site, data rows or parameter: look at these data, "
+            "lower lr or clip the gradient (clip_norm)",
         )
 
 
@@ -326,7 +346,7 @@ class Doctor:
         for finding in findings:
             if finding.name not in known:
                 self.findings.append(finding)
-                if finding.name != _WEIGHT:  # fit says so itself
+                if finding.name not in (_WEIGHT, _ROLLED_BACK):  # fit says so itself
                     warnings.warn(str(finding), UserWarning, stacklevel=2)
 
 

@@ -20,7 +20,7 @@ from pvae.alternation import Alternate, Turns
 from pvae.checkpoints import Saved, newest, save_tensors, set_aside, steps, write_aside
 from pvae.data import num_rows, take
 from pvae.distributed import Group, agree
-from pvae.engine import METRICS, Problem, Step, metrics, mix, seed_noise, stage
+from pvae.engine import METRICS, Eager, Problem, Step, metrics, mix, seed_noise, stage
 from pvae.errors import NonFiniteError, RunError
 from pvae.evidence.importance import evaluation
 from pvae.interrupts import Interrupts, leave
@@ -30,6 +30,7 @@ from pvae.particles import named_tensors
 from pvae.parts import cut, own
 from pvae.progress import Reporter
 from pvae.resumption import Place, Saver, pack, refuse_difference, unpack, unwritable
+from pvae.rollback import MOST, GoodStates, rate_factor
 from pvae.schedules import Schedule
 from pvae.trackers import Tracker
 
@@ -98,11 +99,17 @@ class Loop:
     interrupts: Interrupts = field(default_factory=Interrupts)
     on_nan: str = "stop"
     has_warned: bool = False
+    good: GoodStates | None = None  # where it may be rolled back to
     step: Step = field(init=False)
+    reporter: Reporter = field(init=False)
     begun: float = 0.0  # when the training would have begun, had it never stopped
     staged_before: float = 0.0  # seconds of tracing and compiling in earlier processes
     epoch_started: float = 0.0
     epoch_staging: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.on_nan == "rollback":
+            self.good = GoodStates(self._state(), self.problems)
 
     @property
     def problem(self) -> Problem:
@@ -152,6 +159,8 @@ class Loop:
         self.place, self.engine_state = Place.of(about["place"]), about["engine"]
         self.run.history = list(about["history"])
         self.run.best_epoch = self.place.best_epoch
+        if self.good is not None:
+            self.good.unpack(saved)
 
     def run_all(self, started: float) -> None:
         """Train to the end, from where the loop stands; the pair is left with the best parameters.
@@ -185,6 +194,7 @@ class Loop:
 
     def _epochs(self, reporter: Reporter, log: Any) -> None:
         if self._ending() is None:
+            self.reporter = reporter
             self.step = self._step(reporter)
             self.staged_before = self.place.staging_seconds
             if self.engine_state:
@@ -205,7 +215,8 @@ class Loop:
                 tracker.epoch(self.run, row)
             place = self.place
             place.epoch, place.batch = place.epoch + 1, 0
-            place.epoch_seconds, place.left_out, self.sums = 0.0, 0, None
+            place.epoch_seconds, place.left_out, place.rolled_back = 0.0, 0, 0
+            self.sums = None
             self._note_time()
             if self._ending() is None:
                 self._heed()
@@ -238,6 +249,9 @@ class Loop:
         place = dataclasses.replace(self.place, epoch_seconds=seconds)
         sums = self._no_sums() if self.sums is None else self.sums
         saved = pack(self._state(), self.best_state, self.problems, sums)
+        if self.good is not None:
+            tensors, about = self.good.pack()
+            saved = saved[0] | tensors, saved[1] | about
         self.saver.save(place, saved, self.run.history, self.step.state())
 
     def _no_sums(self) -> Tensor:
@@ -272,12 +286,14 @@ class Loop:
         self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
         self.sums = self._no_sums() if self.sums is None else self.sums
         for index in itertools.islice(self._batches(place.epoch), place.batch, None):
+            self._guard()
             found = self._take(index)
             self.sums += found
             place.step, place.batch = place.step + 1, place.batch + 1
             reporter.step(found, len(index))
             if place.batch < self.steps_per_epoch:
                 self._heed()
+        self._guard(at_end=True)
         seconds = place.epoch_seconds = self._epoch_seconds()
         self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
         row: dict[str, float] = {"epoch": place.epoch, "step": place.step}
@@ -286,8 +302,7 @@ class Loop:
         row["beta"] = float(self.problem.objective.schedule(place.step - 1))
         row["lr"] = float(self.problem.optimizer.param_groups[0]["lr"])
         row |= {"seconds": seconds, "steps_per_second": self.steps_per_epoch / max(seconds, 1e-9)}
-        if place.left_out:
-            row["left_out"] = place.left_out
+        row |= {k: n for k in ("left_out", "rolled_back") if (n := getattr(place, k))}
         self._check_finite(row)
         if self.valid is not None:
             row |= {f"valid_{name}": value for name, value in self._validate().items()}
@@ -307,11 +322,100 @@ class Loop:
         except NonFiniteError as error:
             if self.on_nan == "stop":
                 raise NonFiniteError(f"epoch {place.epoch}, {error}") from None
-            if not self.has_warned:
+            if self.good is not None:
+                self._roll_back(error)
+            elif not self.has_warned:
                 warnings.warn(f"left out: epoch {place.epoch}, {error}", UserWarning, stacklevel=2)
             self.has_warned = True
             place.left_out += len(index)
             return torch.zeros(len(METRICS), device=self.problem.device)
+
+    # --- back to a good state ---
+
+    def _guard(self, *, at_end: bool = False) -> None:
+        """Between two steps: keep the state if it is time, and look whether all was finite.
+
+        Steps that are waited for say so themselves; of others this is the one look in an interval.
+        """
+        assert self.sums is not None
+        if self.good is None:
+            return
+        waits, place = self.problem.waits, self.place
+        if self.good.is_due(place.step):
+            self.step.finish()
+            if self.good.keep(place, self.sums) or waits:
+                return
+        elif not at_end or waits or bool(torch.isfinite(self.sums[0])):
+            return
+        if not self.good.kept:
+            return
+        sums, batch, left_out = self.good.clean(place)
+        self._roll_back(self._found_again())
+        self.sums.copy_(sums)
+        rows = min(place.batch * self.batch_size, self.problem.num_data) - batch * self.batch_size
+        place.left_out = left_out + rows
+        self.good.stand(place, self.sums)
+
+    def _roll_back(self, error: NonFiniteError) -> None:
+        """Put back the last good state; the steps that follow have other noise and other rows.
+
+        Raises:
+            NonFiniteError: It has been done too often.
+        """
+        good, place = self.good, self.place
+        if good is None or not good.kept:
+            raise NonFiniteError(f"epoch {place.epoch}, {error}") from None
+        self.step.finish()
+        step = good.put_back()
+        if place.rollbacks >= MOST:
+            raise NonFiniteError(
+                f"epoch {place.epoch}, {error}; {MOST} rollbacks, the last at "
+                f"{rate_factor(MOST):.2g} of the learning rate, did not help"
+            ) from None
+        place.rollbacks, place.rolled_back = place.rollbacks + 1, place.rolled_back + 1
+        rate = rate_factor(place.rollbacks)
+        slower = "" if rate == 1 else f", from here on with {rate:.2g} of the learning rate"
+        warnings.warn(
+            f"rolled back to step {step} ({place.rollbacks} of at most {MOST} times{slower}): "
+            f"epoch {place.epoch}, {error}",
+            UserWarning,
+            stacklevel=2,
+        )
+        assert self.sums is not None
+        good.stand(place, self.sums)
+        # The optimiser's state may lie in a graph: a new step takes it up as a resumed run does.
+        known = self.step.state()
+        self.staged_before += self.step.seconds
+        self.epoch_staging -= self.step.seconds
+        self.step = self._step(self.reporter)
+        self.step.restore(known)
+
+    def _found_again(self) -> NonFiniteError:
+        """What was not finite: the steps since the last good state once more, each waited for."""
+        assert self.good is not None
+        good = self.good.kept[-1]
+        if self.plan is None and self.problem.parts == 1:
+            self.step.finish()
+            unpack(good.saved, self._state(), self.problems, Path("in memory"))
+            careful = Eager(self.problem, waits=True)
+            try:
+                self._repeat(careful, good.since, good.epoch, good.batch)
+            except NonFiniteError as error:
+                return error
+        return NonFiniteError(
+            f"steps {good.since} to {self.place.step - 1}: the bound or the parameters were not "
+            "finite: lower lr or clip the gradient (clip_norm)"
+        )
+
+    def _repeat(self, take_step: Step, step: int, epoch: int, batch: int) -> None:
+        while step < self.place.step:
+            for index in itertools.islice(self._batches(epoch), batch, None):
+                if step == self.place.step:
+                    return
+                self._set_lr(step)
+                take_step(index, step, float(self.problem.objective.schedule(step)))
+                step += 1
+            epoch, batch = epoch + 1, 0
 
     def _epoch_seconds(self) -> float:
         """Time of the epoch at hand, without tracing and compiling."""
@@ -325,7 +429,7 @@ class Loop:
         yield from torch.split(order.to(self.problem.device), self.batch_size)
 
     def _set_lr(self, step: int) -> None:
-        factor = self.factor(step)
+        factor = self.factor(step) * rate_factor(self.place.rollbacks)
         for group, rate in self.rates:
             group["lr"] = rate * factor
 

@@ -68,7 +68,7 @@ def step_in_parts(
     if problem.group is not None:
         sums, check, gradients = _exchange(problem.group, tensors, sums, check, gradients)
     norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
-    if problem.device.type == "cpu" and not bool(torch.isfinite(norm) & torch.isfinite(check)):
+    if problem.waits and not bool(torch.isfinite(norm) & torch.isfinite(check)):
         raise _diagnose(problem, gradients_of, index, step, beta)
     for tensor, gradient in zip(tensors, gradients, strict=True):
         tensor.grad = gradient

@@ -75,6 +75,8 @@ def as_every(text: str | None) -> Every | None:
 
 # --- what ----------------------------------------------------------------------------------------
 
+_LATER = ("rollbacks", "rolled_back")  # older checkpoints lack them
+
 
 @dataclass
 class Place:
@@ -90,6 +92,8 @@ class Place:
         epoch_seconds: Time of the epoch at hand so far.
         staging_seconds: Time spent on tracing and compiling so far.
         left_out: Rows of the epoch at hand whose steps were left out.
+        rollbacks: How often a good state was put back so far.
+        rolled_back: How often in the epoch at hand.
         engine: What took the steps.
     """
 
@@ -103,11 +107,14 @@ class Place:
     staging_seconds: float = 0.0
     left_out: int = 0
     engine: str = ""
+    rollbacks: int = 0
+    rolled_back: int = 0
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Place:
         """From a manifest."""
-        return cls(**{field.name: content[field.name] for field in fields(cls)})
+        names = [f.name for f in fields(cls) if f.name in content or f.name not in _LATER]
+        return cls(**{name: content[name] for name in names})
 
 
 def extras(problem: Problem, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from pvae.allocation import keep_large_blocks
 from pvae.alternation import Alternate, as_alternate, split
 from pvae.checkpoints import fingerprint
 from pvae.data import as_batch, num_rows, take
+from pvae.data.mapped import MappedRows
 from pvae.distributed import Group, agree, join, local_device
 from pvae.engine import (
     ENGINES,
@@ -124,7 +125,9 @@ def fit(
         keep_checkpoints: How many of the newest ones stay, beside the best parameters.
         on_nan: ``"stop"`` at a loss or gradient that is not finite, or ``"skip"`` its step (on a
             CPU, where each step is waited for): its rows count in no mean of the epoch, and their
-            number is ``left_out`` in the history.
+            number is ``left_out`` in the history. ``"rollback"`` also puts back the last good state
+            (see :mod:`pvae.rollback`), and from the second time on halves the learning rate; how
+            often is ``rolled_back`` in the history, and after 10 times the training stops.
         progress: Show progress: a bar on a terminal, plain lines elsewhere.
         trackers: Told of each epoch, see :mod:`pvae.trackers`.
 
@@ -321,12 +324,12 @@ def _check_learned(goal: Any, optimizer: Any) -> None:
 
 
 def _check_on_nan(on_nan: str, device: torch.device) -> None:
-    if on_nan not in ("stop", "skip"):
-        raise OptionError(f"on_nan takes 'stop' or 'skip', got {on_nan!r}")
+    if on_nan not in ("stop", "skip", "rollback"):
+        raise OptionError(f"on_nan takes 'stop', 'skip' or 'rollback', got {on_nan!r}")
     if on_nan == "skip" and device.type != "cpu":
         raise OptionError(
-            f"on_nan='skip' needs a CPU, whose steps are waited for, and this is {device}: leave "
-            "it out, or pass device='cpu'"
+            f"on_nan='skip' needs a CPU, whose steps are waited for, and this is {device}: take "
+            "'rollback', or device='cpu'"
         )
 
 
@@ -365,8 +368,21 @@ def _check_all_supports(layout: Layout, data: Any) -> None:
     args, kwargs = arguments(data)
     entries: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     for name, (key, support) in layout.supports.items():
-        if isinstance(entries.get(key), torch.Tensor):  # rows in a file are not all read
-            check_support(name, support, entries[key])
+        entry = entries.get(key)
+        if isinstance(entry, torch.Tensor):
+            check_support(name, support, entry)
+        elif isinstance(entry, MappedRows) and not _is_all_real(support):
+            first = 0
+            for block in entry.blocks():
+                check_support(name, support, block, first=first)
+                first += len(block)
+
+
+def _is_all_real(support: Any) -> bool:
+    """Whether every finite number is in it, so that the rows of a file need not be read for it."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support is torch.distributions.constraints.real
 
 
 def lr_schedule(name: str, steps: int) -> Schedule:

@@ -353,7 +353,7 @@ def test_another_machine_is_a_warning(tmp_path, monkeypatch):
         ({"checkpoint_every": "0 steps"}, "got '0 steps'"),
         ({"checkpoint_every": "1.5 epochs"}, "got '1.5 epochs'"),
         ({"keep_checkpoints": 0}, "at least 1, got 0"),
-        ({"on_nan": "ignore"}, "'stop' or 'skip', got 'ignore'"),
+        ({"on_nan": "ignore"}, "'skip' or 'rollback', got 'ignore'"),
     ],
 )
 def test_options_that_are_refused(tmp_path, options, message):

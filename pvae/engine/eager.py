@@ -48,8 +48,9 @@ class Eager:
     name = "eager"
     seconds = 0.0
 
-    def __init__(self, problem: Problem, reason: str = "") -> None:
+    def __init__(self, problem: Problem, reason: str = "", *, waits: bool | None = None) -> None:
         self.problem, self.reason = problem, reason
+        self.waits = problem.waits if waits is None else waits
 
     def __call__(self, index: Tensor, step: int, beta: float) -> Tensor:
         """Take one step.
@@ -67,8 +68,8 @@ class Eager:
         loss.loss.backward(inputs=tensors)  # type: ignore[no-untyped-call]
         norm = nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None])
         healthy = torch.isfinite(norm) & torch.isfinite(loss.loss)
-        # A CPU reads what is there already; a GPU would wait, and is checked once an epoch.
-        if problem.device.type == "cpu" and not bool(healthy):
+        # A CPU reads what is there already; a GPU would wait, and is checked once an interval.
+        if self.waits and not bool(healthy):
             problem.optimizer.zero_grad(set_to_none=True)
             raise problem.diagnose(index, step, beta)
         if problem.clip_norm is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pvae.data import take
 from pvae.distributed import Group
 from pvae.errors import NonFiniteError
+from pvae.nonfinite import first_operation
 from pvae.objectives import Loss, Objective, PyroObjective
 from pvae.particles import Layout, module_of
 from pvae.precision import precision_context
@@ -62,6 +63,11 @@ class Problem:
     parts: int = 1
     group: Group | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether each step is waited for: a CPU reads at once what it has computed."""
+        return self.device.type == "cpu"
+
     def seed_noise(self, step: int, part: int | None = None) -> None:
         """The noise of a step, or of one part of its batch."""
         seed_noise(self.device, self.seed, step, *(() if part is None else (part,)))
@@ -94,6 +100,7 @@ class Problem:
         self.seed_noise(step, part)
         with torch.no_grad():
             particles = self.loss(index, beta).particles
+        origin = self._origin(index, step, beta, part)
         terms = (
             [] if particles is None else [("model", particles.log_p), ("guide", particles.log_q)]
         )
@@ -104,15 +111,24 @@ class Problem:
                     rows = sorted(index[bad.to(index.device)].tolist())
                     return NonFiniteError(
                         f"{where}: {role} site {name!r} has a log density that is not finite in "
-                        f"{len(rows)} of {len(index)} rows of the batch (data rows {_some(rows)}); "
-                        f"{remedy}: look at these data, or lower lr"
+                        f"{len(rows)} of {len(index)} rows of the batch (data rows {_some(rows)})"
+                        f"{origin}; {remedy}: look at these data, or lower lr"
                     )
         self.seed_noise(step, part)
         names = self._bad_gradients(index, beta)
         return NonFiniteError(
             f"{where}: the gradient of {_some(names) or 'the loss'} is not finite although every "
-            f"log density is; {remedy}: clip the gradient (clip_norm) or lower lr"
+            f"log density is{origin}; {remedy}: clip the gradient (clip_norm) or lower lr"
         )
+
+    def _origin(self, index: Tensor, step: int, beta: Any, part: int | None) -> str:
+        """The operation at fault, in words; none where the data themselves are."""
+        self.seed_noise(step, part)
+        try:
+            found = first_operation(lambda: self._bad_gradients(index, beta))
+        except Exception:  # programs that cannot be watched are diagnosed without it
+            found = None
+        return "" if found is None else f"; first in the operation {found}"
 
     def _bad_gradients(self, index: Tensor, beta: Any) -> list[str]:
         tensors = list(self.parameters.values())

@@ -112,7 +112,7 @@ class Staged:
         found = torch.cat([metrics(loss), norm[None], healthy[None].to(norm.dtype)])
         if self.update is None:
             # On a GPU nobody waits to see whether it is healthy.
-            if self.problem.device.type != "cpu" and not self.in_parts:
+            if not (self.problem.waits or self.in_parts):
                 gradients = tuple(
                     None if g is None else torch.where(healthy, g, 0.0) for g in gradients
                 )
@@ -170,7 +170,7 @@ class Staged:
         problem.seed_noise(step)
         with torch.no_grad():
             found, *gradients = self.run(*self.inputs, self._ready(index))
-        if problem.device.type == "cpu" and not bool(found[5]):
+        if problem.waits and not bool(found[5]):
             raise problem.diagnose(index, step, beta)
         if self.update is None:
             self._step_outside(gradients)

@@ -89,8 +89,10 @@ def check_supports(model_trace: Any) -> None:
             check_support(name, support, torch.as_tensor(node["value"]), base_family(node["fn"]))
 
 
-def check_support(name: str, support: Any, value: Tensor, family: Any = None) -> None:
-    """Refuse observed values outside the support of their likelihood.
+def check_support(
+    name: str, support: Any, value: Tensor, family: Any = None, *, first: int = 0
+) -> None:
+    """Refuse observed values outside the support of their likelihood; ``first`` is the first row.
 
     Raises:
         DataError: names the site, the first offending row and value, and what would help.
@@ -107,6 +109,6 @@ def check_support(name: str, support: Any, value: Tensor, family: Any = None) ->
     hint = "; binarise the data (binarize='dynamic') or use continuous_bernoulli or gaussian"
     is_binary = str(unit).startswith("Boolean")
     raise DataError(
-        f"{likelihood}site {name!r} takes values in {in_words(support)}, row {row} of the "
+        f"{likelihood}site {name!r} takes values in {in_words(support)}, row {first + row} of the "
         f"data has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
     )
