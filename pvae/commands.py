@@ -158,7 +158,7 @@ def train(config: dict[str, Any], programs: Programs, run_dir: str | None) -> No
         if leads(group):
             stack.enter_context(runs.begin(final))
             stack.enter_context(resumable(final))
-        dataset = load_data(config)
+        dataset = load_data(config, streams=True)
         say(dataset.description())
         with threads(dataset):
             chosen = choose_likelihood(config, programs, dataset)
@@ -188,7 +188,7 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
             stack.enter_context(locked(folder))
             stack.enter_context(resumable(folder))
         before = runs.read_config(folder)
-        dataset = load_data(config)
+        dataset = load_data(config, streams=True)
         refuse_difference(
             {key: config[key] for key in runs.DEFAULTS},
             {key: before[key] for key in runs.DEFAULTS},
@@ -299,11 +299,11 @@ def _fit(
     return run
 
 
-def load_data(config: dict[str, Any]) -> Dataset:
+def load_data(config: dict[str, Any], *, streams: bool = False) -> Dataset:
     """The data set of a configuration, whose path becomes absolute."""
     from pvae.data import sources
 
-    dataset = runs.data_of(config)
+    dataset = runs.data_of(config, streams=streams)
     if config["data"] not in sources():
         config["data"] = str(Path(config["data"]).expanduser().absolute())
     _warn_of_constants(dataset)
@@ -312,9 +312,16 @@ def load_data(config: dict[str, Any]) -> Dataset:
 
 def _warn_of_constants(dataset: Dataset) -> None:
     """A density of a feature that never varies is as high as its method's floor allows."""
+    from pvae.data.mapped import MappedRows
+
     if dataset.kind != "continuous":
         return
-    constant = (dataset.train.x == dataset.train.x[0]).all(0).nonzero().flatten().tolist()
+    x: Any = dataset.train.x
+    if isinstance(x, MappedRows):
+        same = x.moments.low == x.moments.high
+    else:
+        same = (x == x[0]).all(0)
+    constant = same.nonzero().flatten().tolist()
     if constant:
         warnings.warn(
             f"{len(constant)} of {dataset.x_dim} features never vary in the training data (the "
@@ -405,7 +412,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     if callable(getattr(run.model, "log_evidence", None)):
         with torch.no_grad():
-            exact = run.model.log_evidence(split.x).double() + split.log_det
+            exact = torch.cat([run.model.log_evidence(rows).double() for rows in _pieces(split.x)])
+            exact = exact + split.log_det
         about["exact_log_evidence"] = float(exact.mean())
     if curve is not None:
         shift = float(split.log_det[:200].mean())
@@ -437,6 +445,13 @@ def need_encoder(config: Mapping[str, Any], folder: Path, instead: str) -> None:
     if not has_encoder(config, folder):
         game = str(config["game"]).rpartition(":")[2]
         raise RunError(f"{folder} was trained by the game {game}, which has no encoder: {instead}")
+
+
+def _pieces(x: Any) -> Iterator[Any]:
+    """All rows, those in a file some at a time."""
+    from pvae.data.mapped import MappedRows
+
+    yield from x.blocks() if isinstance(x, MappedRows) else (x,)
 
 
 def _estimate(
@@ -495,7 +510,8 @@ def _estimate(
 def data_for(config: dict[str, Any], other: str | None) -> Dataset:
     """The data of a run, or other data prepared alike."""
     known = config["data_facts"]
-    dataset = load_data({**config, "data": config["data"] if other is None else other})
+    other_or_own = config["data"] if other is None else other
+    dataset = load_data({**config, "data": other_or_own}, streams=True)
     if dataset.x_dim != known["x_dim"]:
         raise DataError(
             f"the run was trained on {known['x_dim']} features, {dataset.name} has "
@@ -524,9 +540,19 @@ def _moved(dataset: Dataset, transform: Any) -> Dataset:
     """
     import dataclasses
 
+    import torch
+
     from pvae.data import Split
+    from pvae.data.mapped import MappedRows
 
     def moved(split: Any) -> Any:
+        if isinstance(split.x, MappedRows):
+            x: Any = split.x.then(lambda rows: transform(dataset.transform.inverse(rows)))
+            offsets = [
+                transform.log_abs_det_jacobian(dataset.transform.inverse(rows).double())
+                for rows in split.x.blocks()
+            ]
+            return Split(x, torch.cat(offsets), split.labels)
         x = dataset.transform.inverse(split.x)
         return Split(transform(x), transform.log_abs_det_jacobian(x.double()), split.labels)
 
@@ -579,7 +605,11 @@ def _write_evidence(
     run: Run, dataset: Dataset, split: Any, evidence: Any, about: Mapping[str, Any], folder: Path
 ) -> None:
     from pvae import arviz, plots
+    from pvae.data.mapped import MappedRows
 
+    is_streamed = isinstance(split.x, MappedRows)  # what stays in its file is not written again
+    first = 1000 if is_streamed else len(split)
+    labels = split.labels if split.labels is None else split.labels[:first]
     with runs.publish(folder) as aside:
         runs.write_json(aside / "evidence.json", about)
         arviz.to_netcdf(
@@ -589,11 +619,11 @@ def _write_evidence(
             else arviz.posterior_draws(
                 run.model,
                 run.guide,
-                runs.batch_for(run.model, split.x, split.labels),
+                runs.batch_for(run.model, split.x[:first], labels),
                 seed=about["seed"],
             ),
             evidence=evidence,
-            observed=dataset.transform.inverse(split.x),
+            observed=None if is_streamed else dataset.transform.inverse(split.x),
             labels=split.labels,
             attrs={key: about[key] for key in ("data", "split", "seed")},
         )

@@ -341,8 +341,11 @@ def read_config(run_dir: str | Path) -> Config:
 # --- data and programs ---------------------------------------------------------------------------
 
 
-def data_of(config: Config) -> Dataset:
-    """The data set of a configuration; its split does not depend on the seed of the training."""
+def data_of(config: Config, *, streams: bool = False) -> Dataset:
+    """The data set of a configuration; its split does not depend on the seed of the training.
+
+    With ``streams``, the rows of a large file stay there.
+    """
     from pvae.data import load as load_data
 
     return load_data(
@@ -351,6 +354,7 @@ def data_of(config: Config) -> Dataset:
         transform=config["transform"],
         size=config.get("data_size"),
         unreadable=config.get("data_unreadable", "stop"),
+        streams=streams,
         seed=0,
     )
 
@@ -434,17 +438,26 @@ def keep_labels(labels: Tensor, count: int | None) -> Tensor:
 
 
 def _fingerprint(split: Split) -> str:
-    digest = hashlib.sha256(split.x.contiguous().numpy().tobytes())
+    from pvae.data.mapped import MappedRows
+
+    digest = hashlib.sha256()
+    for block in split.x.blocks() if isinstance(split.x, MappedRows) else [split.x]:
+        digest.update(block.contiguous().numpy().tobytes())
     digest.update(split.log_det.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def statistics(dataset: Dataset) -> dict[str, Tensor]:
     """``x_mean`` and ``x_scale`` of the training split, ``(D,)``; constant features get scale 1."""
-    x = dataset.train.x
-    scale = x.std(0, correction=0)
+    from pvae.data.mapped import MappedRows
+
+    x: Any = dataset.train.x
+    if isinstance(x, MappedRows):
+        mean, scale = x.moments.mean.float(), x.moments.std.float()
+    else:
+        mean, scale = x.mean(0), x.std(0, correction=0)
     scale = scale.where(scale > 0, scale.new_ones(()))
-    return {"x_mean": x.mean(0), "x_scale": scale}
+    return {"x_mean": mean, "x_scale": scale}
 
 
 def example_rows(dataset: Dataset) -> dict[str, Tensor]:

@@ -56,6 +56,9 @@ def as_batch(
     }
 
     def check(array: Any, what: str = "x") -> Any:
+        if isinstance(array, MappedRows):
+            array = array if streams else array[:]
+            return array.to(device)
         kind: Any = MappedRows if streams and is_mapped(array) else to_tensor
         return kind(array, what, **options)
 
@@ -106,7 +109,8 @@ def _tensors(batch: Batch) -> tuple[Tensor, ...]:
 def share(batch: Batch, start: int, stop: int) -> Any:
     """The rows from ``start`` to ``stop`` of every tensor; those mapped from a file stay there."""
     return torch.utils._pytree.tree_map(
-        lambda rows: (rows.array if isinstance(rows, MappedRows) else rows)[start:stop], batch
+        lambda rows: rows.part(start, stop) if isinstance(rows, MappedRows) else rows[start:stop],
+        batch,
     )
 
 

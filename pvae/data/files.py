@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from pvae.errors import DataError
 
-__all__ = ["FORMATS", "PARTS", "Arrays", "read_amat", "read_arrays", "read_idx", "reading"]
+__all__ = [
+    "FORMATS",
+    "PARTS",
+    "Arrays",
+    "map_array",
+    "read_amat",
+    "read_arrays",
+    "read_idx",
+    "reading",
+]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -64,6 +73,19 @@ def reading(path: Path, form: str) -> Iterator[None]:
 def _read_npy(path: Path) -> Arrays:
     with path.open("rb") as file:
         return {"x": np.lib.format.read_array(file, allow_pickle=False)}
+
+
+def map_array(path: Path) -> np.memmap[Any, Any]:
+    """The array of an ``.npy`` file, which stays in the file.
+
+    Raises:
+        DataError: The file is damaged, or holds something else.
+    """
+    with reading(path, "npy"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap):
+            raise DataError(f"{path} holds no array of numbers: save it anew")
+        return array
 
 
 def _read_npz(path: Path) -> Arrays:

@@ -16,6 +16,8 @@ from pvae.data.dataset import Dataset, Dequantize, Preprocess, Split
 from pvae.data.files import FORMATS, PARTS, Arrays, read_arrays
 from pvae.data.images import read_image_folder
 from pvae.data.sources import SOURCES
+from pvae.data.streaming import MAX_LEVELS as _MAX_LEVELS
+from pvae.data.streaming import levels_of, open_rows, streamed
 from pvae.data.tensors import all_finite, locate, to_tensor
 from pvae.data.text import read_lines, sentences
 from pvae.data.transforms import Chain, Logit, Scale, Standardize, Transform
@@ -25,7 +27,7 @@ __all__ = ["load"]
 
 _BINARIZE = ("dynamic", "fixed", "threshold")
 _STEPS = ("dequantize", "logit", "standardize")  # in the only order that makes sense
-_MAX_LEVELS = 2**16  # float32 still resolves the noise between two levels
+_LARGE = 2**28  # bytes of a file that is read whole although it could be mapped
 _BLOCK = 256  # rows transformed at once, in float64, within a processor's cache
 
 
@@ -38,6 +40,7 @@ def load(
     test_fraction: float | None = None,
     size: Sequence[int] | int | str | None = None,
     unreadable: str = "stop",
+    streams: bool = False,
     seed: int = 0,
     root: str | Path | None = None,
 ) -> Dataset:
@@ -70,6 +73,9 @@ def load(
         size: ``(height, width)``, ``"HxW"`` or one number, to which the images of a folder are
             resized; see :func:`pvae.data.images.read_image_folder`.
         unreadable: ``"stop"`` at a file of a folder that is no image, or ``"skip"`` it.
+        streams: Leave the rows of an ``.npy`` file of more than 256 MiB in the file (see
+            :mod:`pvae.data.streaming`); ``x`` of a split is then a
+            :class:`pvae.data.mapped.MappedRows`, which training and evidence take.
         seed: Seed of the split and of all fixed noise.
         root: Cache folder of downloaded sets; ``~/.cache/pvae``. ``$PVAE_DATA`` is searched first.
 
@@ -82,6 +88,8 @@ def load(
     """
     steps = _check_options(binarize, transform, valid_fraction, test_fraction)
     path = Path(name_or_path).expanduser()
+    if streams and _is_large(name_or_path, path):
+        return _streamed(path, binarize, steps, valid_fraction, test_fraction, seed)
     if path.suffix == ".txt" and name_or_path not in SOURCES:
         name, arrays = path.name, _read_text(path, valid_fraction, test_fraction, seed)
         valid_fraction = test_fraction = None
@@ -103,11 +111,45 @@ def load(
     if steps == ():
         kind = "continuous" if num_levels is None else "integer"
         return _untouched(rows, num_levels, kind)
+    return _transform(rows, num_levels, _chosen(steps, num_levels), seed)
+
+
+def _chosen(steps: tuple[str, ...] | None, num_levels: int | None) -> tuple[str, ...]:
+    """The steps of the transform that the data decide on."""
     if steps is None:
-        steps = ("standardize",) if num_levels is None else ("dequantize",)
-    elif "logit" in steps and num_levels is not None:
-        steps = tuple(step for step in _STEPS if step in {"dequantize", *steps})
-    return _transform(rows, num_levels, steps, seed)
+        return ("standardize",) if num_levels is None else ("dequantize",)
+    if "logit" in steps and num_levels is not None:
+        return tuple(step for step in _STEPS if step in {"dequantize", *steps})
+    return steps
+
+
+def _is_large(name: str | Path, path: Path) -> bool:
+    is_array = name not in SOURCES and path.suffix.lower() == ".npy" and path.is_file()
+    return is_array and path.stat().st_size > _LARGE
+
+
+def _streamed(
+    path: Path,
+    binarize: str | None,
+    steps: tuple[str, ...] | None,
+    valid_fraction: float | None,
+    test_fraction: float | None,
+    seed: int,
+) -> Dataset:
+    rows = open_rows(path)
+    num_levels, *spread = levels_of(rows)
+    if num_levels == 2 and not steps:
+        binarize, steps = None, ()
+    elif binarize is None:
+        steps = _chosen(steps, num_levels) if steps != () else ()
+    shares = {
+        "valid": 0.1 if valid_fraction is None else valid_fraction,
+        "test": 0.2 if test_fraction is None else test_fraction,
+    }
+    return streamed(
+        rows, _partition(path.name, len(rows), shares, seed), name=path.name, binarize=binarize,
+        num_levels=num_levels, spread=(spread[0], spread[1]), steps=steps or (), seed=seed,
+    )  # fmt: skip
 
 
 def _check_options(
