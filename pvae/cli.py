@@ -623,7 +623,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
 }
 
 
-_SHARED = ("train", "evaluate")
+_SHARED = ("train", "evaluate", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -674,8 +674,8 @@ def _dispatch(words: Sequence[str]) -> None:
         return
     if name not in _SHARED:
         raise OptionError(
-            f"pvae {name} is the work of one process, and this is one of {place.size}: only "
-            f"{' and '.join(_SHARED)} can be shared by torchrun or srun"
+            f"pvae {name} is the work of one process, and this is one of {place.size}: "
+            f"{', '.join(_SHARED)} can be shared by torchrun or srun"
         )
     # torch would add a page of its own to the line that says which rank was lost
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -814,7 +814,14 @@ def compare(arguments: argparse.Namespace) -> None:
     name = f"compare-{Path(str(config['data'])).stem}"
     given = arguments.run_dir
     final = Path(given) if given else runs.next_folder(name)
-    with runs.create(final) as aside:
+    with _grouped({"device": "cpu"}) as group, contextlib.ExitStack() as stack:
+        if group is not None and not arguments.runs:
+            raise OptionError(
+                f"the roster is fitted by one process, and these are {group.size}: name the runs "
+                "to compare (pvae compare RUN RUN), or leave torchrun out"
+            )
+        if leads(group):
+            aside = stack.enter_context(runs.create(final))
         dataset = load_data(config)
         say(dataset.description())
         with threads(dataset):
@@ -822,6 +829,8 @@ def compare(arguments: argparse.Namespace) -> None:
                 config |= {"epochs": arguments.epochs, "seed": arguments.seed}
                 entries = _fit_roster(dataset, config, aside)
             board = _score(entries, dataset, arguments)
+            if not leads(group):
+                return
             _write_board(board, entries, dataset, aside, arguments.seed)
     _show(board)
     say(f"wrote {final}: board.csv, board.json, evidence.nc, figures")
@@ -951,8 +960,8 @@ def board(arguments: argparse.Namespace) -> None:
     )
     out = Path(arguments.out or f"boards/{arguments.board}-{arguments.schedule}")
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    with locks.locked(out, remedy="wait for it, or give another --out"):
-        failed = _fill_cells(chosen, out / "cells", jobs)
+    failed = _fill_cells(chosen, out / "cells", jobs)
+    with locks.locked(out, waits=True):
         _write_standings(chosen, failed, out)
     if failed:
         raise RunError(
@@ -962,20 +971,38 @@ def board(arguments: argparse.Namespace) -> None:
 
 
 def _fill_cells(chosen: list[Cell], folder: Path, jobs: int) -> dict[str, str]:
-    """Compute the cells that are missing, long ones first; digest -> reason of those that fail."""
-    from pvae import workers
+    """Compute the cells that are missing, long ones first; digest -> reason of those that fail.
+
+    Commands that share the folder each take cells that no other has claimed.
+    """
+    from pvae import locks, workers
     from pvae.progress import CellReporter
 
-    for left in folder.glob(".*"):  # of a command that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    def claim(k: int) -> Any:
+        place = folder / missing[k].digest
+        file = locks.claim(folder.parent / ".claims" / place.name)
+        if file is None:
+            return "taken"
+        if place.exists():
+            file.close()
+            return "done"
+        for left in folder.glob(f".{place.name}.*"):  # of a command that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        return file
+
     missing = [cell for cell in chosen if not (folder / cell.digest).exists()]
     missing.sort(key=lambda cell: -cell.task.size)
     work = [(folder / cell.digest, cell.config) for cell in missing]
     failed = {}
     with CellReporter(len(chosen), len(chosen) - len(missing)) as reporter:
-        outcomes = workers.run_all(work, jobs=jobs, started=lambda k: reporter.start(missing[k]))
+        outcomes = workers.run_all(
+            work, jobs=jobs, started=lambda k: reporter.start(missing[k]), claim=claim
+        )
         for outcome in outcomes:
             cell = missing[outcome.index]
+            if outcome.seconds is None:
+                reporter.elsewhere(cell)
+                continue
             if outcome.reason is not None:
                 failed[cell.digest] = outcome.reason
             reporter.end(cell, outcome.seconds, outcome.reason)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pvae.checkpoints import write_aside
 from pvae.data import Dataset, Split, as_batch
+from pvae.distributed import join, local_device
 from pvae.errors import (
     DataError,
     NonFiniteError,
@@ -26,6 +27,7 @@ from pvae.errors import (
     PvaeError,
     did_you_mean,
 )
+from pvae.evidence import in_parts
 from pvae.evidence.importance import Evidence, evaluation, importance
 from pvae.particles import module_of, parameters
 from pvae.training import Run
@@ -273,9 +275,9 @@ def _score(
         model, guide = _programs(entry)
         _check_fit(model, guide, x)
         if callable(getattr(model, "log_evidence", None)):
-            scored = _exact(model, model.log_evidence, x, seed, report)
+            scored = _shared(_exact, model, guide, x, seed=seed, progress=report)
         else:
-            scored = importance(model, guide, x, num_particles, seed=seed, progress=report)
+            scored = _shared(importance, model, guide, x, num_particles, seed=seed, progress=report)
         _check_finite(scored.log_evidence)
         return scored, _num_parameters(entry, model, guide, x, seed)
     except PvaeError as error:
@@ -342,19 +344,22 @@ def _score_baseline(
     return scored, getattr(baseline, "num_parameters", None)
 
 
+def _shared(estimator: Callable[..., Evidence], *args: Any, **options: Any) -> Evidence:
+    """An estimate of all data, of which each process takes its own where there are several."""
+    if join(local_device(_device(*args[:2]))) is None:
+        return estimator(*args, **options)
+    return in_parts(*args, estimator=estimator, **options)
+
+
 def _exact(
-    model: Any,
-    log_evidence: Callable[[Tensor], Tensor],
-    x: Tensor,
-    seed: int,
-    report: Callable[[int, int], None],
+    model: Any, guide: Any, x: Tensor, *, seed: int, progress: Callable[[int, int], None]
 ) -> Evidence:
     device, pieces, done = _device(model), [], 0
     with evaluation(model, model, seed=seed, device=device):
         for rows in torch.split(x, _BLOCK):
-            pieces.append(log_evidence(rows.to(device)).double().cpu())
+            pieces.append(model.log_evidence(rows.to(device)).double().cpu())
             done += len(rows)
-            report(done, len(x))
+            progress(done, len(x))
     return Evidence.exact(torch.cat(pieces))
 
 

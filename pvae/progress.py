@@ -192,6 +192,12 @@ class CellReporter:
         self._say(f"[{self.done}/{self.total}] {cell}: {ending}")
         self._redraw()
 
+    def elsewhere(self, cell: object) -> None:
+        """Another command, which shares the folder, has done a cell."""
+        self.done += 1
+        self._say(f"[{self.done}/{self.total}] {cell}: done by another command")
+        self._redraw()
+
     def _redraw(self) -> None:
         if self.bar is not None:
             description = "; ".join(self.running)

@@ -40,23 +40,42 @@ def sweep(config: dict[str, Any], arguments: argparse.Namespace) -> None:
     dataset = commands.load_data(config)
     commands.say(dataset.description())
     sweeps.begin(folder, config, arguments.search)
-    with locks.locked(folder, remedy="wait for it, or give another --run-dir"):
-        if sweeps.repair(folder):
-            commands.say("the journal's torn last line was set aside")
+    try:
+        with locks.locked(folder):
+            _lead(folder, config, arguments, dataset)
+    except locks.Taken:
         study = sweeps.open_study(folder, arguments.storage, epochs=config["epochs"])
-        again = sweeps.reclaim(study) if arguments.storage is None else 0
-        done = sweeps.finished(study)
-        if done:
-            commands.say(f"going on: {done} trials are done, {again} are taken again")
+        commands.say(f"another command leads the sweep in {folder}: this one helps with its trials")
         _search(folder, study, arguments)
-        sweeps.write_results(folder, study)
-        commands.say(sweeps.summary(folder, study))
-        if arguments.confirm:
-            _confirm(folder, study, dataset, arguments.confirm)
+        with locks.locked(folder, waits=True):  # until it has written the results, or is gone
+            if not sweeps.is_written(folder, study):
+                _lead(folder, config, arguments, dataset)
     commands.say(
         f"wrote {folder}: trials.csv, best.yaml, figures; next: "
         f"pvae train --config {folder / 'best.yaml'}"
     )
+
+
+def _lead(
+    folder: Path, config: dict[str, Any], arguments: argparse.Namespace, dataset: Dataset
+) -> None:
+    """Take trials until there are enough, then write what was found and confirm the best."""
+    if not sweeps.others_work(folder) and sweeps.repair(folder):
+        commands.say("the journal's torn last line was set aside")
+    study = sweeps.open_study(folder, arguments.storage, epochs=config["epochs"])
+    again = sweeps.reclaim(folder, study) if arguments.storage is None else 0
+    done = sweeps.finished(study)
+    if done:
+        commands.say(f"going on: {done} trials are done, {again} are taken again")
+    _search(folder, study, arguments)
+    while sweeps.finished(study) < arguments.trials and sweeps.others_work(folder):
+        time.sleep(1)  # for the last trials of commands that help
+    if sweeps.finished(study) < arguments.trials:  # one of them is gone
+        _search(folder, study, arguments)
+    sweeps.write_results(folder, study)
+    commands.say(sweeps.summary(folder, study))
+    if arguments.confirm:
+        _confirm(folder, study, dataset, arguments.confirm)
 
 
 def _check(config: dict[str, Any], arguments: argparse.Namespace) -> None:

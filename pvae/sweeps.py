@@ -19,6 +19,7 @@ import contextlib
 import csv
 import io
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,15 +28,28 @@ from typing import Any
 from pvae import runs
 from pvae.checkpoints import write_aside
 from pvae.errors import NonFiniteError, OptionError, PvaeError, RunError
+from pvae.locks import claim
 from pvae.search_spaces import Dimension, configure, parse_all
 
-__all__ = ["Trainer", "begin", "finished", "open_study", "rows", "summary", "work", "write_results"]
+__all__ = [
+    "Trainer",
+    "begin",
+    "finished",
+    "is_written",
+    "open_study",
+    "others_work",
+    "rows",
+    "summary",
+    "work",
+    "write_results",
+]
 
 Report = Callable[[float, int], None]
 Trainer = Callable[[dict[str, Any], Report], tuple[float, dict[str, Any]]]
 """A configuration, and what takes the validation bound of each epoch -> the value, and facts."""
 
 _JOURNAL = "journal.log"
+_WORKERS = ".workers"  # a file for each that lives, which it has locked
 _FILE = "sweep.yaml"
 
 
@@ -62,11 +76,13 @@ def begin(folder: Path, config: Mapping[str, Any], searches: Sequence[str]) -> N
     asked = {"config": dict(config), "search": list(searches)}
     file = folder / _FILE
     if not file.exists():
-        if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        if folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise RunError(f"{folder} exists and holds no sweep: choose another --run-dir")
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_yaml(file, asked)
-        return
+        with _turn(folder):  # another may begin the same sweep at this moment
+            if not file.exists():
+                runs.write_yaml(file, asked)
+                return
     known = runs.read_yaml(file)
     before, now = _flat(known), _flat(asked)
     for key in dict.fromkeys([*before, *now]):
@@ -144,14 +160,30 @@ def repair(folder: Path) -> int:
     return len(content) - whole
 
 
-def reclaim(study: Any) -> int:
-    """Give the trials that a killed sweep left running to the next workers; how many there were."""
+def reclaim(folder: Path, study: Any) -> int:
+    """Give trials whose worker is gone to the next workers; how many there were."""
     optuna = _optuna()
-    left = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    running = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+    left = [trial for trial in running if not _is_at_work(folder, trial.user_attrs.get("owner"))]
     for trial in left:
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
     return len(left)
+
+
+def _is_at_work(folder: Path, owner: str | None) -> bool:
+    """Whether the worker of that name lives: its claim cannot be had."""
+    if owner is None or not (folder / _WORKERS / owner).exists():
+        return False
+    file = claim(folder / _WORKERS / owner)
+    if file is not None:
+        file.close()
+    return file is None
+
+
+def others_work(folder: Path) -> bool:
+    """Whether some worker of the sweep lives."""
+    return any(_is_at_work(folder, path.name) for path in (folder / _WORKERS).glob("*"))
 
 
 def finished(study: Any) -> int:
@@ -187,14 +219,31 @@ def work(
     """
     from pvae.seeds import mix
 
-    optuna = _optuna()
     asked = runs.read_yaml(folder / _FILE)
     config, space = asked["config"], parse_all(asked["search"])
     study = open_study(folder, storage, epochs=config["epochs"])
     # A worker of a sweep that goes on must not propose again what the first one did.
     seed = mix(config["seed"], worker, len(study.get_trials(deepcopy=False)))
     study.sampler = _sampler(seed % 2**32)
-    while (trial := _ticket(folder, study, trials)) is not None:
+    owner = uuid.uuid4().hex
+    with contextlib.ExitStack() as stack:
+        while (own := claim(folder / _WORKERS / owner)) is None:
+            time.sleep(0.01)  # somebody looks whether it lives
+        stack.enter_context(own)
+        _take_all(folder, study, trials, owner if storage is None else None, config, space, train)
+
+
+def _take_all(
+    folder: Path,
+    study: Any,
+    trials: int,
+    owner: str | None,
+    config: dict[str, Any],
+    space: Mapping[str, Dimension],
+    train: Trainer,
+) -> None:
+    optuna = _optuna()
+    while (trial := _ticket(folder, study, trials, owner)) is not None:
         started = time.perf_counter()
         try:
             value, facts = _one(trial, config, space, train)
@@ -229,18 +278,23 @@ def _one(
     return train(configure(config, values), report)
 
 
-def _ticket(folder: Path, study: Any, trials: int) -> Any:
-    """The next trial, or ``None``; workers of a machine ask in turn, so that none is doubled."""
+def _ticket(folder: Path, study: Any, trials: int, owner: str | None) -> Any:
+    """The next trial, or ``None``; all workers of a folder ask in turn, so that none is doubled."""
     with _turn(folder):
+        if owner is not None:
+            reclaim(folder, study)
         given = sum(_counts(trial, running=True) for trial in study.get_trials(deepcopy=False))
         if given >= trials:
             return None
-        return study.ask()
+        trial = study.ask()
+        if owner is not None:
+            trial.set_user_attr("owner", owner)
+        return trial
 
 
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Wait until no other worker of this machine asks."""
+    """Wait until no other worker of the folder asks."""
     try:
         import fcntl
     except ImportError:  # not POSIX: two workers may then overshoot by one trial
@@ -301,6 +355,15 @@ def importances(study: Any) -> dict[str, float]:
         except (ValueError, RuntimeError, optuna.exceptions.OptunaError):
             return {}  # too few trials, or none that differ
     return {str(name): float(value) for name, value in found.items()}
+
+
+def is_written(folder: Path, study: Any) -> bool:
+    """Whether the results of all trials that have an outcome are there."""
+    table = folder / "trials.csv"
+    if not (table.exists() and (folder / "best.yaml").exists()):
+        return False
+    with table.open(newline="") as file:
+        return len(list(csv.DictReader(file))) == finished(study)
 
 
 def write_results(folder: Path, study: Any) -> None:

@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 __all__ = ["Outcome", "num_cores", "read_configuration", "run_all"]
 
 _POLL = 0.05  # seconds
+_ASK = 0.5  # seconds between two looks at what others have claimed
 _GRACE = 5.0  # seconds to end after SIGTERM
 
 
@@ -33,12 +34,16 @@ class Outcome:
     Attributes:
         index: Which piece of work it was.
         reason: One line on what went wrong; ``None`` if nothing did.
-        seconds: How long it took.
+        seconds: How long it took; ``None`` where another command did it.
     """
 
     index: int
     reason: str | None
-    seconds: float
+    seconds: float | None
+
+
+Claim = Callable[[int], "IO[bytes] | Literal['taken', 'done']"]
+"""The number of a piece of work -> a claim on it, or that another command has it or has done it."""
 
 
 @dataclass
@@ -47,6 +52,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
     started: float
+    claim: IO[bytes] | None
 
 
 def run_all(
@@ -56,6 +62,7 @@ def run_all(
     command: Sequence[str] = ("board", "--run-cell"),
     started: Any = None,
     waited: Callable[[], None] | None = None,
+    claim: Claim | None = None,
 ) -> Iterator[Outcome]:
     """Do every piece of work, at most ``jobs`` at a time; outcomes come as they end.
 
@@ -67,17 +74,26 @@ def run_all(
         command: Words of ``pvae`` that come before the folder.
         waited: Called again and again while all processes are at work.
         started: Called with the index of a piece when its process starts.
+        claim: Asked before a piece is begun, where several commands share the work. What another
+            has is asked for again until it is done, or its owner is gone.
     """
-    waiting = list(enumerate(work))[::-1]
+    waiting = list(enumerate(work))
     running: list[_Worker] = []
     environment = _environment(jobs)
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                index, (folder, config) = waiting.pop()
-                running.append(_start(index, folder, config, environment, command))
-                if started is not None:
-                    started(index)
+            left = []
+            for index, (folder, config) in waiting:
+                mine: Any = None if claim is None or len(running) >= jobs else claim(index)
+                if len(running) >= jobs or mine == "taken":
+                    left.append((index, (folder, config)))
+                elif mine == "done":
+                    yield Outcome(index, None, None)
+                else:
+                    running.append(_start(index, folder, config, environment, command, mine))
+                    if started is not None:
+                        started(index)
+            waiting = left
             ended = [worker for worker in running if worker.process.poll() is not None]
             for worker in ended:
                 running.remove(worker)
@@ -85,7 +101,7 @@ def run_all(
             if not ended:
                 if waited is not None:
                     waited()
-                time.sleep(_POLL)
+                time.sleep(_POLL if running else _ASK)
     finally:
         _end(running)
 
@@ -112,6 +128,7 @@ def _start(
     config: Mapping[str, Any],
     environment: dict[str, str],
     command: Sequence[str],
+    claim: IO[bytes] | None,
 ) -> _Worker:
     errors = tempfile.TemporaryFile()
     process = subprocess.Popen(
@@ -121,12 +138,14 @@ def _start(
         stderr=errors,
         env=environment,
         start_new_session=True,  # an interrupt from the terminal reaches this process alone
+        # The claim lasts as long as the work: a killed parent may be gone a moment before it.
+        pass_fds=() if claim is None else (claim.fileno(),),
     )
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(json.dumps(config).encode() + b"\n")
         process.stdin.flush()
-    return _Worker(index, process, errors, time.perf_counter())
+    return _Worker(index, process, errors, time.perf_counter(), claim)
 
 
 def _outcome(worker: _Worker) -> Outcome:
@@ -159,6 +178,8 @@ def _end(running: Sequence[_Worker]) -> None:
 
 def _close(worker: _Worker) -> None:
     worker.errors.close()
+    if worker.claim is not None:
+        worker.claim.close()
     assert worker.process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         worker.process.stdin.close()

@@ -144,8 +144,15 @@ def equalities(parts: int | None, folder: Path) -> dict[str, Tensor]:
             "elbo", subsample=False, parts=parts, epochs=epochs, valid=x[:33], patience=3,
             run_dir=folder / "halves", checkpoint_every="5 steps", resume=epochs == 4,
         )  # fmt: skip
+    found["rolled back"] = train("elbo", subsample=False, parts=parts, epochs=12,
+                                 on_nan="rollback", preprocess=_sometimes_too_large)  # fmt: skip
     found["interrupted"] = interrupted(parts, folder / "interrupted")
     return found | evidence(parts)
+
+
+def _sometimes_too_large(x: Tensor) -> Tensor:
+    """By the noise of the part, which is the same on every number of processes."""
+    return torch.where(torch.rand(()) < 0.04, 1e200, x)
 
 
 def interrupted(parts: int | None, folder: Path) -> Tensor:
@@ -187,6 +194,11 @@ def _equalities(out: Path) -> dict[str, Any]:
     except pvae.PvaeError as error:
         (out.parent / f"unfit-{os.environ['RANK']}").write_text(str(error))
     return found
+
+
+def _compiled(out: Path) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"subsample": False, "epochs": 3, "engine": "compiled"}
+    return {"compiled": train("iwae", **options)}
 
 
 def _killed(out: Path) -> dict[str, Tensor]:

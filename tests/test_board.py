@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -589,9 +590,55 @@ def test_wrong_inputs_are_one_sentence(words, message, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_commands_in_one_folder(tmp_path, capsys):
-    (tmp_path / "cells").mkdir()
-    words = ["board", "binary", "--data", "digits", "--cells", "independent-bits"]
-    with locks.locked(tmp_path):
-        assert main([*words, "--out", str(tmp_path)]) == RunError.exit_code
-    assert "another process is at work in" in capsys.readouterr().err
+def shared_command(out: Path) -> subprocess.Popen[str]:
+    names = "independent-bits,bernoulli-mixture,vae-elbo,vae-dreg-5"
+    words = ["board", "binary", "--schedule", "smoke", "--data", "digits", "--seeds", "2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pvae", *words, "--cells", names, "--jobs", "1", "--out", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings(),
+    )  # fmt: skip
+
+
+def test_two_commands_in_one_folder_compute_each_cell_once(tmp_path):
+    commands = [shared_command(tmp_path) for _ in range(2)]
+    said = [command.communicate(timeout=300) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], said
+    computed = [re.findall(r"\] (.*): [\d.]+ s$", errors, re.MULTILINE) for _, errors in said]
+    assert all(computed), "both have work"
+    assert len(computed[0] + computed[1]) == len({*computed[0], *computed[1]}) == 8
+    assert len([p for p in (tmp_path / "cells").iterdir()]) == 8
+    assert all("board.csv, board.md" in output for output, _ in said)
+    with (tmp_path / "board.csv").open() as file:
+        assert {row["status"] for row in csv.DictReader(file)} == {"ours"}
+
+
+def test_the_cells_of_a_killed_command_are_taken_over(tmp_path):
+    first = shared_command(tmp_path)
+    wait_for(lambda: list(tmp_path.glob("cells/.*")), first)
+    second = shared_command(tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("cells/.*"))) == 2, second)
+    first.kill()
+    first.communicate()
+    _, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert len([p for p in (tmp_path / "cells").iterdir() if len(p.name) == 64]) == 8
+
+
+def test_a_claim_is_held_by_one_and_ends_with_its_process(tmp_path):
+    mine = locks.claim(tmp_path / "claims" / "a")
+    assert mine is not None
+    assert locks.claim(tmp_path / "claims" / "a") is None
+    mine.close()
+    other = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import fcntl, sys; f = open(sys.argv[1], 'a');"
+         "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
+         str(tmp_path / "claims" / "a")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert other.stdout is not None
+    other.stdout.readline()
+    assert locks.claim(tmp_path / "claims" / "a") is None
+    other.kill()
+    other.communicate()
+    again = locks.claim(tmp_path / "claims" / "a")
+    assert again is not None
+    again.close()

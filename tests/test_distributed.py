@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -117,6 +120,23 @@ def test_a_staged_step_in_parts_is_the_eager_one(found):
         torch.testing.assert_close(found[where]["staged"], eager, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_step_in_a_group_is_the_eager_one(tmp_path):
+    assert [code for code, _ in ends(start("compiled", tmp_path / "two.pt"))] == [0, 0]
+    eager = programs.train("iwae", subsample=False, parts=2, epochs=3)
+    found = torch.load(tmp_path / "two.pt")["compiled"]
+    torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-8)
+
+
+def test_all_ranks_roll_back_together(found):
+    """Two processes end where one in two parts does, and not where one does that never had to."""
+    two, alone = found["two"]["rolled back"], found["alone"]["rolled back"]
+    torch.testing.assert_close(two, alone, rtol=1e-5, atol=1e-8)
+    assert bool(torch.isfinite(two).all())
+    plain = programs.train("elbo", subsample=False, parts=2, epochs=12)
+    assert (two[:-1] - plain[:-1]).abs().max() > 1e-3
+
+
 def test_a_training_resumes_in_a_group(found):
     for where in ("two", "alone"):
         assert torch.equal(found[where]["resumed"], found[where]["valid"])
@@ -186,6 +206,46 @@ def test_torchrun_trains_one_run_and_one_rank_speaks(tmp_path):
     assert job.stderr.count("epoch 2/2") == 1
     run = pvae.load(tmp_path / "run")
     assert [row["epoch"] for row in run.history] == [1, 2]
+
+
+def test_two_processes_compare_runs_and_one_writes(tmp_path):
+    """The board of two processes is that of one in two parts; the exact row that of any."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(90, 3)))
+    for name, model in (("one", "factor_analysis"), ("two", "vae")):
+        words = ["train", model, "--data", tmp_path / "x.npy", "--epochs", "2", "--device", "cpu"]
+        assert main([*map(str, words), "--engine", "eager", "--run-dir", str(tmp_path / name)]) == 0
+    given = [str(tmp_path / name) for name in ("one", "two")]
+    options = ["--num-particles", "50", "--run-dir"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "pvae", "compare", *given, *options, str(tmp_path / "shared"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    job = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("mean log p ±") == 1
+    assert job.stdout.count("wrote ") == 1
+    assert main(["compare", *given, *options, str(tmp_path / "alone")]) == 0
+    shared, alone = (
+        {row["name"]: row for row in json.loads((tmp_path / n / "board.json").read_text())["rows"]}
+        for n in ("shared", "alone")
+    )
+    assert shared["one"]["mean"] == pytest.approx(alone["one"]["mean"], rel=1e-6)
+    run = pvae.load(tmp_path / "two")
+    split = pvae.data.load(tmp_path / "x.npy").test
+    found = pvae.evidence.in_parts(run.model, run.guide, split.x, 50, parts=2)
+    mean = found.shifted(split.log_det).mean
+    assert shared["two"]["mean"] == pytest.approx(mean, rel=1e-9)
+    assert shared["two"]["mean"] != alone["two"]["mean"]
+
+
+def test_the_roster_is_refused_to_several(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    group = type("Group", (), {"rank": 0, "size": 2})()
+    monkeypatch.setattr("pvae.commands._grouped", lambda _: contextlib.nullcontext(group))
+    assert main(["compare", "--data", "digits"]) == 2
+    assert "name the runs to compare" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_commands_for_one_process_are_refused_to_several(monkeypatch, capsys):

@@ -79,7 +79,7 @@ def test_a_sweep_that_goes_on_has_each_trial_once(folder):
     study = sweeps.open_study(folder, None)
     assert sweeps.finished(study) == 3
     left = [t.params for t in study.trials if t.state.name == "RUNNING"]
-    assert sweeps.reclaim(study) == len(left) == 1
+    assert sweeps.reclaim(folder, study) == len(left) == 1
     study = run(folder, 12)
     assert sweeps.finished(study) == 12
     again = [t for t in study.trials if "again" in t.user_attrs]
@@ -218,3 +218,53 @@ def test_killed_in_the_middle_and_continued_by_two_workers(tmp_path):
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
+
+
+def shared_sweep(out: Path) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "pvae", "sweep", "vae", "--data", "digits", "--epochs", "3",
+        "--search", "lr=log:1e-3..1e-2", "--trials", "6", "--jobs", "1", "--confirm", "1",
+        "--model.hidden", "[16]", "--guide.hidden", "[16]", "--run-dir", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_two_commands_on_one_folder_share_the_trials(tmp_path):
+    """One leads, writes and confirms; none of the trials is lost or doubled."""
+    out = tmp_path / "sweep"
+    commands = [shared_sweep(out) for _ in range(2)]
+    said = [command.communicate(timeout=300) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], said
+    assert sum("another command leads" in output for output, _ in said) == 1
+    assert sum("best configuration, test" in output for output, _ in said) == 1
+    study = sweeps.open_study(out, None)
+    assert sweeps.finished(study) == len(study.trials) == 6
+    assert len({t.params["lr"] for t in study.trials}) == 6
+    owners = {t.user_attrs["owner"] for t in study.trials}
+    assert len(owners) == 2, "both have work"
+    assert sweeps.is_written(out, study)
+    assert not sweeps.others_work(out)
+
+
+def test_a_helper_goes_on_alone_when_the_leader_is_killed(tmp_path):
+    out = tmp_path / "sweep"
+    leader = shared_sweep(out)
+    until = time.monotonic() + 120
+    while not list(out.glob(".workers/*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    helper = shared_sweep(out)
+    while len(list(out.glob(".workers/*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    leader.kill()
+    leader.communicate()
+    output, errors = helper.communicate(timeout=300)
+    assert helper.returncode == 0, errors
+    assert "another command leads" in output
+    assert "best configuration, test" in output
+    study = sweeps.open_study(out, None)
+    assert sweeps.finished(study) == 6
+    states = [t.state.name for t in study.trials]
+    assert states.count("RUNNING") == 0
