@@ -48,7 +48,7 @@ def sweep(config: dict[str, Any], arguments: argparse.Namespace) -> None:
         commands.say(f"another command leads the sweep in {folder}: this one helps with its trials")
         _search(folder, study, arguments)
         with locks.locked(folder, waits=True):  # until it has written the results, or is gone
-            if not sweeps.is_written(folder, study):
+            if not sweeps.is_written(folder, study, confirmed=bool(arguments.confirm)):
                 _lead(folder, config, arguments, dataset)
     commands.say(
         f"wrote {folder}: trials.csv, best.yaml, figures; next: "

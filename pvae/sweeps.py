@@ -357,10 +357,10 @@ def importances(study: Any) -> dict[str, float]:
     return {str(name): float(value) for name, value in found.items()}
 
 
-def is_written(folder: Path, study: Any) -> bool:
-    """Whether the results of all trials that have an outcome are there."""
-    table = folder / "trials.csv"
-    if not (table.exists() and (folder / "best.yaml").exists()):
+def is_written(folder: Path, study: Any, *, confirmed: bool) -> bool:
+    """Whether the results of all trials that have an outcome are there, and confirmed since."""
+    table, last = folder / "trials.csv", folder / ("confirmed.json" if confirmed else "best.yaml")
+    if not (table.exists() and last.exists() and last.stat().st_mtime >= table.stat().st_mtime):
         return False
     with table.open(newline="") as file:
         return len(list(csv.DictReader(file))) == finished(study)

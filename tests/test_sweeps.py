@@ -245,7 +245,7 @@ def test_two_commands_on_one_folder_share_the_trials(tmp_path):
     assert len({t.params["lr"] for t in study.trials}) == 6
     owners = {t.user_attrs["owner"] for t in study.trials}
     assert len(owners) == 2, "both have work"
-    assert sweeps.is_written(out, study)
+    assert sweeps.is_written(out, study, confirmed=True)
     assert not sweeps.others_work(out)
 
 
