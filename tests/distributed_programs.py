@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,17 @@ def equalities(parts: int | None, folder: Path) -> dict[str, Tensor]:
             "elbo", subsample=False, parts=parts, epochs=epochs, valid=x[:33], patience=3,
             run_dir=folder / "halves", checkpoint_every="5 steps", resume=epochs == 4,
         )  # fmt: skip
-    found["rolled back"] = train("elbo", subsample=False, parts=parts, epochs=12,
-                                 on_nan="rollback", preprocess=_sometimes_too_large)  # fmt: skip
+    found["rolled back"] = rolled_back(parts)
     found["interrupted"] = interrupted(parts, folder / "interrupted")
     return found | evidence(parts)
+
+
+def rolled_back(parts: int | None) -> Tensor:
+    """A training that is rolled back now and then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return train("elbo", subsample=False, parts=parts, epochs=12, on_nan="rollback",
+                     preprocess=_sometimes_too_large)  # fmt: skip
 
 
 def _sometimes_too_large(x: Tensor) -> Tensor:
