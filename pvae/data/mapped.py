@@ -120,7 +120,7 @@ class MappedRows:
 
     def to(self, device: torch.device | str | None) -> MappedRows:
         """The same rows, whose batches are put on ``device``."""
-        return self if device is None else self._like(device=torch.device(device))
+        return self if device is None else self.like(device=torch.device(device))
 
     def part(self, start: int, stop: int) -> MappedRows:
         """The rows from ``start`` to ``stop``, still in the file."""
@@ -129,14 +129,15 @@ class MappedRows:
         if self.prepare is not None and start:
             before = self.prepare
             shifted = lambda x, numbers: before(x, numbers + start)  # noqa: E731
-        return self._like(order=order[start:stop], prepare=shifted)
+        return self.like(order=order[start:stop], prepare=shifted)
 
     def then(self, change: Callable[[Tensor], Tensor]) -> MappedRows:
         """The same rows with a further change."""
         before = self.prepare
-        return self._like(prepare=lambda x, rows: change(x if before is None else before(x, rows)))
+        return self.like(prepare=lambda x, rows: change(x if before is None else before(x, rows)))
 
-    def _like(self, **changes: Any) -> MappedRows:
+    def like(self, **changes: Any) -> MappedRows:
+        """The same rows with other arguments."""
         names = ("what", "device", "allow_nan", "order", "prepare")
         return MappedRows(self.array, **({name: getattr(self, name) for name in names} | changes))
 

@@ -90,7 +90,7 @@ def streamed(
     Raises:
         DataError: The data are unfit for the options.
     """
-    parts = {part: rows._like(order=chosen) for part, chosen in index.items()}
+    parts = {part: rows.like(order=chosen) for part, chosen in index.items()}
     shape = tuple(rows.array.shape[1:])
     about: dict[str, Any] = {
         "name": name, "image_shape": shape if len(shape) > 1 else None, "num_levels": num_levels,
@@ -174,7 +174,7 @@ def _noisy(rows: MappedRows, part: str, seed: int, use: Any) -> MappedRows:
         made: Tensor = use(x, noise)
         return made
 
-    return rows._like(prepare=prepare)
+    return rows.like(prepare=prepare)
 
 
 def _to_float(x: Tensor) -> Tensor:
