@@ -13,7 +13,7 @@ import functools
 import os
 import platform
 
-__all__ = ["keep_large_blocks"]
+__all__ = ["give_back", "keep_large_blocks"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST = 2**30  # a block above it goes back to the system when it is freed
@@ -37,3 +37,12 @@ def keep_large_blocks() -> bool:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, _LARGEST))
+
+
+def give_back() -> None:
+    """Hand what is free, wherever it lies in the heap, back to the system; only of glibc.
+
+    Data that are read from a file in blocks leave holes of many sizes, which otherwise add up.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

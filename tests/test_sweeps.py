@@ -220,10 +220,10 @@ def test_killed_in_the_middle_and_continued_by_two_workers(tmp_path):
     assert again.returncode == 0, again.stderr
 
 
-def shared_sweep(out: Path) -> subprocess.Popen[str]:
+def shared_sweep(out: Path, trials: int = 6) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "pvae", "sweep", "vae", "--data", "digits", "--epochs", "3",
-        "--search", "lr=log:1e-3..1e-2", "--trials", "6", "--jobs", "1", "--confirm", "1",
+        "--search", "lr=log:1e-3..1e-2", "--trials", str(trials), "--jobs", "1", "--confirm", "1",
         "--model.hidden", "[16]", "--guide.hidden", "[16]", "--run-dir", str(out),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -251,13 +251,14 @@ def test_two_commands_on_one_folder_share_the_trials(tmp_path):
 
 def test_a_helper_goes_on_alone_when_the_leader_is_killed(tmp_path):
     out = tmp_path / "sweep"
-    leader = shared_sweep(out)
+    leader = shared_sweep(out, 16)
     until = time.monotonic() + 120
     while not list(out.glob(".workers/*")) and time.monotonic() < until:
         time.sleep(0.05)
-    helper = shared_sweep(out)
+    helper = shared_sweep(out, 16)
     while len(list(out.glob(".workers/*"))) < 2 and time.monotonic() < until:
         time.sleep(0.05)
+    assert leader.poll() is None, "it was too quick for this test"
     leader.kill()
     leader.communicate()
     output, errors = helper.communicate(timeout=300)
@@ -265,6 +266,6 @@ def test_a_helper_goes_on_alone_when_the_leader_is_killed(tmp_path):
     assert "another command leads" in output
     assert "best configuration, test" in output
     study = sweeps.open_study(out, None)
-    assert sweeps.finished(study) == 6
+    assert sweeps.finished(study) == 16
     states = [t.state.name for t in study.trials]
     assert states.count("RUNNING") == 0

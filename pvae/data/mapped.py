@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pvae.allocation import give_back
 from pvae.data.tensors import to_tensor
 from pvae.errors import DataError
 
@@ -196,6 +197,7 @@ class MappedRows:
         if self.held < _KEPT:
             return
         self.held = 0
+        give_back()
         mapped: Any = self.array
         while mapped is not None and not isinstance(mapped, mmap.mmap):
             mapped = getattr(mapped, "base", None)
