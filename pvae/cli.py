@@ -1,8 +1,7 @@
 """The command line: ``pvae train | evaluate | compare | …``, one function a command.
 
-It reads words, options and configuration files; :mod:`pvae.commands` and
-:mod:`pvae.latent_commands` do the work. A mistake of the user's is one line on standard error and
-an exit code that is not zero.
+It reads words, options and configuration files; :mod:`pvae.commands` does the work. A mistake of
+the user's is one line on standard error and an exit code that is not zero.
 """
 
 from __future__ import annotations
@@ -20,17 +19,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pvae import (
-    __version__,
-    catalogue,
-    commands,
-    doctor_command,
-    game_commands,
-    latent_commands,
-    runs,
-    sweep_commands,
-)
+from pvae import __version__, catalogue, runs
 from pvae.allocation import keep_large_blocks
+from pvae.commands import (
+    board,
+    compare,
+    diagnose,
+    doctor,
+    evaluate,
+    games,
+    latents,
+    listing,
+    sample,
+    sweep,
+    train,
+)
+from pvae.commands.programs import Programs
 from pvae.errors import OptionError, PvaeError, did_you_mean
 from pvae.launchers import launched
 
@@ -420,12 +424,12 @@ def _train(argv: Sequence[str], parser: _Parser) -> None:
         folder = Path(arguments.pop("resume"))
         config, programs = _resolve(parser, arguments, given, folder)
         config.pop("run_dir", None)
-        work = commands.resume if programs.game is None else game_commands.resume
+        work = train.resume if programs.game is None else games.resume
         work(config, programs, folder)
         return
     config, programs = _resolve(parser, arguments, given)
     in_file = config.pop("run_dir", None)
-    begin = commands.train if programs.game is None else game_commands.train
+    begin = train.train if programs.game is None else games.train
     begin(config, programs, run_dir or in_file)
 
 
@@ -435,7 +439,7 @@ def _sweep(argv: Sequence[str], parser: _Parser) -> None:
     own = ("search", "trials", "jobs", "confirm", "storage", "run_worker")
     asked = argparse.Namespace(**{name: arguments.pop(name) for name in own})
     if asked.run_worker is not None:
-        sweep_commands.run_worker(Path(asked.run_worker))
+        sweep.run_worker(Path(asked.run_worker))
         return
     if "resume" in arguments:
         raise OptionError(
@@ -444,7 +448,7 @@ def _sweep(argv: Sequence[str], parser: _Parser) -> None:
     asked.run_dir = arguments.pop("run_dir", None)
     config, _ = _resolve(parser, arguments, given)
     config.pop("run_dir", None)
-    sweep_commands.sweep(config, asked)
+    sweep.sweep(config, asked)
 
 
 def _resolve(
@@ -452,7 +456,7 @@ def _resolve(
     arguments: dict[str, Any],
     given: Mapping[str, Mapping[str, str]],
     folder: Path | None = None,
-) -> tuple[dict[str, Any], commands.Programs]:
+) -> tuple[dict[str, Any], Programs]:
     """Defaults, then the run that is resumed, then the config file, then the command line."""
     file = arguments.pop("config", None)
     found = _read_config_file(parser, Path(file)) if file is not None else {}
@@ -464,7 +468,7 @@ def _resolve(
     if folder is None:
         found = {**_suited(model, {**found, **arguments}), **found}
     config = {**base, **found, **arguments}
-    programs = commands.Programs(config, folder)
+    programs = Programs(config, folder)
     for component in _COMPONENTS:
         key = f"{component}_options"
         origin = f"{Path(file).name}: {key}: " if file is not None else ""
@@ -476,7 +480,7 @@ def _resolve(
         if offered is not None:
             offered.missing(config[key])
     if programs.game is not None:
-        game_commands.check(config, [*arguments, *(["objective"] if given["objective"] else [])])
+        games.check(config, [*arguments, *(["objective"] if given["objective"] else [])])
         config["game"] = programs.game.reference
     catalogue.build_objective(config["objective"], config["objective_options"])
     if config["track"] is not None or config["pictures"] is not None:
@@ -539,7 +543,7 @@ def _help_train(parser: _Parser, argv: Sequence[str]) -> None:
     arguments = vars(_parse(parser, argv))
     if "model" in arguments:
         suited = _suited(arguments["model"], arguments)
-        programs = commands.Programs({**runs.DEFAULTS, **suited, **arguments})
+        programs = Programs({**runs.DEFAULTS, **suited, **arguments})
         for component, offered in programs.offered.items():
             rows = offered.describe() if offered is not None else []
             if not rows or offered is None:
@@ -565,58 +569,58 @@ _COMMANDS: dict[str, tuple[Callable[..., None], Callable[[_Parser], None], str]]
     "train": (_train, _fill_train, "train a model and a guide on data"),
     "sweep": (_sweep, _fill_sweep, "search structure and training options"),
     "evaluate": (
-        _parsed(commands.evaluate),
+        _parsed(evaluate.evaluate),
         _fill_evaluate,
         "estimate the held-out log evidence of a run",
     ),
     "diagnose": (
-        _parsed(commands.diagnose),
+        _parsed(diagnose.diagnose),
         _fill_diagnose,
         "say where the bound is lost, what the latents carry and whether the guide is calibrated",
     ),
     "doctor": (
-        _parsed(doctor_command.doctor),
+        _parsed(doctor.doctor),
         _fill_doctor,
         "say what went wrong in a training, and what to try",
     ),
     "compare": (
-        _parsed(commands.compare),
+        _parsed(compare.compare),
         _fill_compare,
         "set VAEs and classical densities side by side",
     ),
     "board": (
-        _parsed(commands.board),
+        _parsed(board.board),
         _fill_board,
         "fit the public boards: many densities to many named data sets",
     ),
-    "sample": (_parsed(commands.sample), _fill_sample, "draw data from a trained model"),
+    "sample": (_parsed(sample.sample), _fill_sample, "draw data from a trained model"),
     "encode": (
-        _parsed(latent_commands.encode),
+        _parsed(latents.encode),
         _fill_encode,
         "write the latents that a trained guide finds in data",
     ),
     "reconstruct": (
-        _parsed(latent_commands.reconstruct),
+        _parsed(latents.reconstruct),
         _fill_reconstruct,
         "show data beside what the model makes of their latents",
     ),
     "interpolate": (
-        _parsed(latent_commands.interpolate),
+        _parsed(latents.interpolate),
         _fill_interpolate,
         "show paths between data through latent space",
     ),
     "traverse": (
-        _parsed(latent_commands.traverse),
+        _parsed(latents.traverse),
         _fill_traverse,
         "show what each latent dimension does to a datum",
     ),
     "ood": (
-        _parsed(latent_commands.out_of_distribution),
+        _parsed(latents.out_of_distribution),
         _fill_ood,
         "score data from elsewhere against held-out data",
     ),
     "list": (
-        _parsed(commands.list_names),
+        _parsed(listing.list_names),
         _fill_list,
         "name the models, guides, objectives, data sets and baselines",
     ),

@@ -242,7 +242,7 @@ def test_two_processes_compare_runs_and_one_writes(tmp_path):
 def test_the_roster_is_refused_to_several(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     group = type("Group", (), {"rank": 0, "size": 2})()
-    monkeypatch.setattr("pvae.commands._grouped", lambda _: contextlib.nullcontext(group))
+    monkeypatch.setattr("pvae.commands.compare.grouped", lambda _: contextlib.nullcontext(group))
     assert main(["compare", "--data", "digits"]) == 2
     assert "name the runs to compare" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pvae import catalogue, cli, commands, data, runs
+from pvae import catalogue, cli, data, runs
+from pvae.commands import train
+from pvae.commands.programs import Programs
 from pvae.errors import PvaeError
 
 CONFIGURATIONS = int(os.environ.get("PVAE_FUZZ", "500"))
@@ -86,7 +88,7 @@ def test_configurations(text: str, tmp_path_factory: pytest.TempPathFactory) -> 
         taken.append(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "train", take)
+        patch.setattr(train, "train", take)
         patch.chdir(folder)
         said = io.StringIO()
         patch.setattr("sys.stderr", said)
@@ -160,6 +162,6 @@ def test_data_files(kind: str, tmp_path: Path) -> None:
 
 def test_a_good_configuration_is_taken() -> None:
     """The fuzz would prove nothing if everything were refused."""
-    programs = commands.Programs(GOOD)
+    programs = Programs(GOOD)
     assert programs.read("model", GOOD["model_options"]) == {"z_dim": 4, "hidden": [8]}
     assert catalogue.build_objective("iwae", {"num_particles": 3}).num_particles == 3

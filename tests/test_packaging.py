@@ -99,7 +99,6 @@ FLOORS = [
     {"standings"},
     {"roster"},
     {"commands"},
-    {"doctor_command", "game_commands", "latent_commands", "sweep_commands"},
     {"cli", "__main__"},
 ]
 

@@ -10,7 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae import catalogue, commands, locks, runs, sweeps, workers
+from pvae import catalogue, locks, runs, sweeps, workers
+from pvae.commands.preparing import load_data, threads
+from pvae.commands.programs import Programs, choose_likelihood
+from pvae.commands.saying import say
+from pvae.commands.train import FIT
 from pvae.errors import OptionError, PvaeError, RunError
 from pvae.search_spaces import configure, corners, parse_all
 
@@ -37,20 +41,20 @@ def sweep(config: dict[str, Any], arguments: argparse.Namespace) -> None:
     """
     _check(config, arguments)
     folder = _folder(config, arguments)
-    dataset = commands.load_data(config)
-    commands.say(dataset.description())
+    dataset = load_data(config)
+    say(dataset.description())
     sweeps.begin(folder, config, arguments.search)
     try:
         with locks.locked(folder):
             _lead(folder, config, arguments, dataset)
     except locks.Taken:
         study = sweeps.open_study(folder, arguments.storage, epochs=config["epochs"])
-        commands.say(f"another command leads the sweep in {folder}: this one helps with its trials")
+        say(f"another command leads the sweep in {folder}: this one helps with its trials")
         _search(folder, study, arguments)
         with locks.locked(folder, waits=True):  # until it has written the results, or is gone
             if not sweeps.is_written(folder, study, confirmed=bool(arguments.confirm)):
                 _lead(folder, config, arguments, dataset)
-    commands.say(
+    say(
         f"wrote {folder}: trials.csv, best.yaml, figures; next: "
         f"pvae train --config {folder / 'best.yaml'}"
     )
@@ -61,19 +65,19 @@ def _lead(
 ) -> None:
     """Take trials until there are enough, then write what was found and confirm the best."""
     if not sweeps.others_work(folder) and sweeps.repair(folder):
-        commands.say("the journal's torn last line was set aside")
+        say("the journal's torn last line was set aside")
     study = sweeps.open_study(folder, arguments.storage, epochs=config["epochs"])
     again = sweeps.reclaim(folder, study) if arguments.storage is None else 0
     done = sweeps.finished(study)
     if done:
-        commands.say(f"going on: {done} trials are done, {again} are taken again")
+        say(f"going on: {done} trials are done, {again} are taken again")
     _search(folder, study, arguments)
     while sweeps.finished(study) < arguments.trials and sweeps.others_work(folder):
         time.sleep(1)  # for the last trials of commands that help
     if sweeps.finished(study) < arguments.trials:  # one of them is gone
         _search(folder, study, arguments)
     sweeps.write_results(folder, study)
-    commands.say(sweeps.summary(folder, study))
+    say(sweeps.summary(folder, study))
     if arguments.confirm:
         _confirm(folder, study, dataset, arguments.confirm)
 
@@ -97,9 +101,9 @@ def _check(config: dict[str, Any], arguments: argparse.Namespace) -> None:
                 )
 
 
-def _resolved(config: dict[str, Any]) -> tuple[dict[str, Any], commands.Programs]:
+def _resolved(config: dict[str, Any]) -> tuple[dict[str, Any], Programs]:
     """A configuration whose options have their types, and its programs."""
-    programs = commands.Programs(config)
+    programs = Programs(config)
     for component in programs.offered:
         key = f"{component}_options"
         config[key] = programs.read(component, config[key])
@@ -166,8 +170,8 @@ def run_worker(folder: Path) -> None:
     config = runs.read_yaml(folder / "sweep.yaml")["config"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = commands.load_data(config)
-        with commands.threads(dataset):
+        dataset = load_data(config)
+        with threads(dataset):
             sweeps.work(folder, train=_trainer(dataset), **told)
 
 
@@ -186,7 +190,7 @@ def _fit(config: dict[str, Any], dataset: Dataset, report: sweeps.Report | None)
     from pvae.training import fit
 
     config, programs = _resolved(config)
-    commands.choose_likelihood(config, programs, dataset)
+    choose_likelihood(config, programs, dataset)
     known = runs.facts(dataset) | runs.statistics(dataset) | runs.example_rows(dataset)
     model, guide = runs.pair(config, known)
     return fit(
@@ -196,7 +200,7 @@ def _fit(config: dict[str, Any], dataset: Dataset, report: sweeps.Report | None)
         progress=False,
         trackers=[] if report is None else [_Pruning(report)],
         **runs.training_data(config, model, dataset),
-        **{key: config[key] for key in commands.FIT},
+        **{key: config[key] for key in FIT},
     )
 
 
@@ -234,7 +238,7 @@ def _confirm(folder: Path, study: Any, dataset: Dataset, seeds: int) -> None:
     import statistics
 
     results = []
-    with commands.threads(dataset):
+    with threads(dataset):
         for seed in range(1, seeds + 1):
             config = {**sweeps.best_config(folder, study), "seed": seed}
             try:
@@ -257,7 +261,7 @@ def _confirm(folder: Path, study: Any, dataset: Dataset, seeds: int) -> None:
     }
     runs.write_json(folder / "confirmed.json", about)
     over_seeds = "" if spread is None else f" ± {spread:.3f} over {len(values)} seeds"
-    commands.say(
+    say(
         f"best configuration, test log evidence {about['log_evidence']:.3f}{over_seeds}, "
         f"± {about['stderr_over_data']:.3f} over data"
     )

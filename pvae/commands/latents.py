@@ -1,7 +1,4 @@
-"""What the commands that use a trained run do: encode, reconstruct, interpolate, traverse, ood.
-
-Everything heavy is imported inside the functions, so that ``pvae --help`` answers at once.
-"""
+"""What the commands that use a trained run do: encode, reconstruct, interpolate, traverse, ood."""
 
 from __future__ import annotations
 
@@ -14,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import runs
-from pvae.commands import data_for, need_encoder, say, threads, watched
+from pvae.commands.preparing import data_for, threads
+from pvae.commands.programs import need_encoder
+from pvae.commands.saying import say, watched
 from pvae.errors import DataError, OptionError, ProgramError
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """``pvae train --game``: an adversarial game instead of a bound, into an ordinary run folder.
 
 A game is a function of a model (and a guide) that returns a :class:`pvae.adversarial.Game`: one of
-:mod:`pvae.games` by its name, or one in the user's own file. Everything heavy is imported inside
-the functions, so that ``pvae --help`` answers at once.
+:mod:`pvae.games` by its name, or one in the user's own file.
 """
 
 from __future__ import annotations
@@ -13,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import __version__, catalogue, runs
-from pvae.commands import FREE, Programs, choose_likelihood, load_data, resumable, say, threads
+from pvae.commands.preparing import load_data, threads
+from pvae.commands.programs import Programs, choose_likelihood
+from pvae.commands.saying import say
+from pvae.commands.train import FREE, resumable
 from pvae.errors import DataError, OptionError, ProgramError
 from pvae.launchers import launched
 

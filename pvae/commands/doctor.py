@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae import commands, runs
+from pvae import runs
+from pvae.commands.preparing import data_for, threads
+from pvae.commands.saying import say
 from pvae.errors import RunError
 
 if TYPE_CHECKING:
@@ -33,23 +35,23 @@ def doctor(arguments: argparse.Namespace) -> None:
             "that gave up is said while it trains"
         )
     run = runs.load(folder)
-    dataset = commands.data_for(config, None)
+    dataset = data_for(config, None)
     valid, labels = dataset.valid, dataset.valid.labels
     labels = None if labels is None else labels[:_ROWS]
     rows = runs.batch_for(run.model, valid.x[:_ROWS], labels)
-    with commands.threads(dataset):
+    with threads(dataset):
         findings = examine_data(dataset.train.x) if dataset.kind == "continuous" else []
         findings += examine_history(run.history, objective=run.objective)
         findings += examine_pair(run.model, run.guide, rows, seed=arguments.seed)
         found = evidence.importance(run.model, run.guide, rows, 200, seed=arguments.seed)
     text = report(findings)
     text += f"\n\n{_vital_signs(run, found)}"
-    commands.say(dataset.description())
-    commands.say(text)
+    say(dataset.description())
+    say(text)
     title = f"# {folder.name}\n\n{dataset.description()}\n\n"
     write_aside(folder / "doctor.md", f"{title}{text}\n".encode())
     runs.save_figure(lambda: _picture(run, findings), folder / "figures" / "doctor.png")
-    commands.say(f"wrote {folder}: doctor.md, figures/doctor.png")
+    say(f"wrote {folder}: doctor.md, figures/doctor.png")
 
 
 def _vital_signs(run: Run, found: Any) -> str:

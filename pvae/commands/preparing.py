@@ -1,0 +1,137 @@
+"""What a command works on and with: its data, its processes, its threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvae import runs
+from pvae.errors import DataError
+
+if TYPE_CHECKING:
+    from pvae.data import Dataset
+    from pvae.distributed import Group
+
+__all__ = ["data_for", "grouped", "load_data", "threads"]
+
+_SMALL = 1_000_000  # numbers of training data
+
+
+def load_data(config: dict[str, Any], *, streams: bool = False) -> Dataset:
+    """The data set of a configuration, whose path becomes absolute."""
+    from pvae.data import sources
+
+    dataset = runs.data_of(config, streams=streams)
+    if config["data"] not in sources():
+        config["data"] = str(Path(config["data"]).expanduser().absolute())
+    _warn_of_constants(dataset)
+    return dataset
+
+
+def _warn_of_constants(dataset: Dataset) -> None:
+    """A density of a feature that never varies is as high as its method's floor allows."""
+    from pvae.data.mapped import MappedRows
+
+    if dataset.kind != "continuous":
+        return
+    x: Any = dataset.train.x
+    if isinstance(x, MappedRows):
+        same = x.moments.low == x.moments.high
+    else:
+        same = (x == x[0]).all(0)
+    constant = same.nonzero().flatten().tolist()
+    if constant:
+        warnings.warn(
+            f"{len(constant)} of {dataset.x_dim} features never vary in the training data (the "
+            f"first is number {constant[0]}): densities there tell of each method's floor alone, "
+            "so leave them out before comparing",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def data_for(config: dict[str, Any], other: str | None) -> Dataset:
+    """The data of a run, or other data prepared alike."""
+    known = config["data_facts"]
+    other_or_own = config["data"] if other is None else other
+    dataset = load_data({**config, "data": other_or_own}, streams=True)
+    if dataset.x_dim != known["x_dim"]:
+        raise DataError(
+            f"the run was trained on {known['x_dim']} features, {dataset.name} has "
+            f"{dataset.x_dim}: give data of the same width"
+        )
+    if dataset.kind != known["kind"]:
+        raise DataError(
+            f"the run was trained on {known['kind']} data, {dataset.name} is {dataset.kind}: give "
+            "data of the same kind"
+        )
+    if other is None and runs.facts(dataset)["fingerprint"] != known["fingerprint"]:
+        warnings.warn(
+            f"{dataset.name} has changed since the training: test data may have been trained on",
+            UserWarning,
+            stacklevel=2,
+        )
+    if other is None or dataset.kind != "continuous":
+        return dataset
+    return _moved(dataset, data_for(config, None).transform)
+
+
+def _moved(dataset: Dataset, transform: Any) -> Dataset:
+    """Data moved to the model's scale as the training data were.
+
+    Standardised by their own moments, data from elsewhere would look like those from here.
+    """
+    import dataclasses
+
+    import torch
+
+    from pvae.data import Split
+    from pvae.data.mapped import MappedRows
+
+    def moved(split: Any) -> Any:
+        if isinstance(split.x, MappedRows):
+            x: Any = split.x.then(lambda rows: transform(dataset.transform.inverse(rows)))
+            offsets = [
+                transform.log_abs_det_jacobian(dataset.transform.inverse(rows).double())
+                for rows in split.x.blocks()
+            ]
+            return Split(x, torch.cat(offsets), split.labels)
+        x = dataset.transform.inverse(split.x)
+        return Split(transform(x), transform.log_abs_det_jacobian(x.double()), split.labels)
+
+    parts = {name: moved(getattr(dataset, name)) for name in ("train", "valid", "test")}
+    return dataclasses.replace(dataset, **parts, transform=transform)
+
+
+@contextlib.contextmanager
+def grouped(config: Mapping[str, Any]) -> Iterator[Group | None]:
+    """The processes that a launcher started for this command; ``None`` without one."""
+    from pvae.distributed import join
+    from pvae.training import device_of
+
+    group = join(device_of(config["device"]))
+    with contextlib.nullcontext() if group is None else group.working():
+        yield group
+
+
+@contextlib.contextmanager
+def threads(dataset: Dataset) -> Iterator[None]:
+    """One thread for small data, where several only wait for each other; OMP_NUM_THREADS wins."""
+    if dataset.train.x.numel() > _SMALL or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    import sklearn.utils  # its OpenMP must be loaded to be limited  # noqa: F401
+    import torch
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
