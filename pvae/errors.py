@@ -28,6 +28,7 @@ __all__ = [
     "PvaeError",
     "RunError",
     "did_you_mean",
+    "first_line",
 ]
 
 
@@ -78,3 +79,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, which may be nothing."""
+    return (str(error).strip().splitlines() or [""])[0]

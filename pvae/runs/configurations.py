@@ -1,0 +1,100 @@
+"""``config.yaml``: every option of a run, with what older runs lack of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pvae.errors import OptionError, RunError
+from pvae.runs.files import read_yaml, write_yaml
+
+__all__ = ["DEFAULTS", "read_config", "write_config"]
+
+DEFAULTS: Mapping[str, Any] = {
+    "model": None,
+    "model_options": {},
+    "guide": "auto",
+    "guide_options": {},
+    "objective": "vae",
+    "objective_options": {},
+    "game": None,
+    "game_options": {},
+    "data": "digits",
+    "binarize": None,
+    "transform": None,
+    "labels": None,
+    "data_size": None,
+    "data_unreadable": "stop",
+    "epochs": 150,
+    "batch_size": 64,
+    "optimizer": "adam",
+    "lr": 2e-3,
+    "lr_schedule": "cosine",
+    "clip_norm": None,
+    "alternate": None,
+    "patience": 20,
+    "parts": None,
+    "seed": 0,
+    "device": "auto",
+    "engine": "auto",
+    "precision": "full",
+    "checkpoint_every": "5 minutes",
+    "keep_checkpoints": 2,
+    "on_nan": "stop",
+    "track": None,
+    "pictures": None,
+}
+_LATER = (
+    "alternate",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data_size",
+    "data_unreadable",
+    "game",
+    "game_options",
+    "labels",
+    "on_nan",
+    "parts",
+    "pictures",
+    "track",
+)  # older runs lack them
+
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """The configuration of a run folder.
+
+    Raises:
+        RunError: the folder is missing, or is not one that ``pvae train`` wrote.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise RunError(f"there is no run folder {folder}: give one that pvae train wrote")
+    if not (folder / "config.yaml").is_file():
+        raise RunError(
+            f"{folder} is no run folder (it has no config.yaml): give one that pvae train wrote"
+        )
+    try:
+        config = read_yaml(folder / "config.yaml")
+    except OptionError as error:
+        raise RunError(f"{folder} is damaged: {error}") from None
+    config = {name: DEFAULTS[name] for name in _LATER} | config
+    missing = [key for key in (*DEFAULTS, "data_facts") if key not in config]
+    if missing:
+        raise RunError(f"{folder / 'config.yaml'} has no {missing[0]!r}: train the run again")
+    return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any], *, sources: bool = True) -> None:
+    """Write ``config.yaml``, and copies of the user's own files under ``source/``."""
+    from pvae.checkpoints import write_aside
+
+    for file in _user_files(config) if sources else []:
+        (folder / "source").mkdir(exist_ok=True)
+        write_aside(folder / "source" / file.name, file.read_bytes())
+    write_yaml(folder / "config.yaml", config)
+
+
+def _user_files(config: Mapping[str, Any]) -> list[Path]:
+    places = [str(config.get(role)).partition(":")[0] for role in ("model", "guide", "game")]
+    return [Path(place) for place in dict.fromkeys(places) if place.endswith(".py")]
