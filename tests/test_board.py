@@ -117,7 +117,7 @@ def test_rates_of_the_reduced_schedule():
     assert long.config["model_options"] == {"z_dim": 50, "hidden": [200, 200], "activation": "tanh"}
     assert long.config["training"] == {
         "passes": 364, "segment": 7, "batch_size": 100, "lr": 1e-3, "eps": 1e-4,
-        "engine": "compiled", "num_particles": 5000,
+        "engine": "compiled", "num_particles": 5000, "valid_particles": 500,
     }  # fmt: skip
 
 
