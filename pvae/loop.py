@@ -100,6 +100,7 @@ class Loop:
     on_nan: str = "stop"
     has_warned: bool = False
     good: GoodStates | None = None  # where it may be rolled back to
+    bucket_by: Tensor | None = None
     step: Step = field(init=False)
     reporter: Reporter = field(init=False)
     begun: float = 0.0  # when the training would have begun, had it never stopped
@@ -426,7 +427,11 @@ class Loop:
         """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
         generator = torch.Generator().manual_seed(mix(self.problem.seed, -2, epoch))
         order = torch.randperm(self.problem.num_data, generator=generator)
-        yield from torch.split(order.to(self.problem.device), self.batch_size)
+        batches = torch.split(order, self.batch_size)
+        if self.bucket_by is not None:
+            batches = _buckets(order, self.bucket_by, self.batch_size, generator)
+        for batch in batches:
+            yield batch.to(self.problem.device)
 
     def _set_lr(self, step: int) -> None:
         factor = self.factor(step) * rate_factor(self.place.rollbacks)
@@ -533,3 +538,19 @@ def compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> N
             UserWarning,
             stacklevel=3,
         )
+
+
+def _buckets(
+    order: Tensor, size: Tensor, batch_size: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Batches of rows of similar size, in random order; the rows left over, if any, are the last.
+
+    A row's rank in size is blurred by half a batch, so that no two epochs have the same batches.
+    """
+    whole = len(order) // batch_size * batch_size
+    rows, rest = order[:whole], order[whole:]
+    rank = size[rows].argsort().argsort()
+    blurred = rank + 0.5 * batch_size * torch.randn(whole, generator=generator)
+    batches = rows[blurred.argsort()].reshape(-1, batch_size)
+    batches = batches[torch.randperm(len(batches), generator=generator)]
+    return [*batches, *([rest] if len(rest) else [])]

@@ -60,6 +60,7 @@ def fit(
     patience: int | None = None,
     parts: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
+    bucket_by: Tensor | None = None,
     engine: str = "auto",
     precision: str = "full",
     device: str = "auto",
@@ -107,6 +108,8 @@ def fit(
             sums) on any number of processes; more parts than processes need less memory. What is
             no mean over data cannot be cut: penalties, batch normalisation, Pyro's own ELBOs.
         preprocess: Applied to each training batch, on the device, with the step's noise.
+        bucket_by: A number for each training row ``(N,)``, its length say: the rows of a batch are
+            then similar in it, so that little of a batch that is cut to its longest is padding.
         engine: How a step is taken, see :mod:`pvae.engine`: ``"auto"`` chooses what pays,
             ``"eager"``, ``"staged"``, ``"compiled"`` or ``"cudagraph"``.
         precision: ``"full"``, or ``"bfloat16"`` for the products inside linear and convolution
@@ -203,6 +206,7 @@ def fit(
         loop = Loop(
             run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
             progress and leads(group), trackers if leads(group) else (), on_nan=on_nan,
+            bucket_by=_checked_sizes(bucket_by, total),
         )  # fmt: skip
         if folder is not None:
             if leads(group):
@@ -216,6 +220,8 @@ def fit(
                 "on_nan": on_nan,
                 "parameters": {name: list(each.shape) for name, each in weights.items()},
             } | ({"parts": pieces} if pieces > 1 else {})  # fmt: skip
+            if bucket_by is not None:
+                record["bucket_by"] = bucket_by.tolist()
             facts = _facts(record, data, held_out, where) if every is not None or resume else {}
             if resume:
                 loop.resume(folder / "checkpoints", facts)
@@ -246,6 +252,15 @@ def _check_options(
         raise OptionError("patience needs held-out data to judge by: pass valid=")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+
+
+def _checked_sizes(sizes: Tensor | None, total: int) -> Tensor | None:
+    if sizes is not None and sizes.shape != (total,):
+        raise OptionError(
+            f"bucket_by has a number for each of {total} training rows, got shape "
+            f"{tuple(sizes.shape)}"
+        )
+    return None if sizes is None else sizes.cpu()
 
 
 def _check_parts(
