@@ -224,6 +224,32 @@ def test_preprocess_draws_anew_each_epoch():
     assert not torch.equal(seen[-1], seen[-2])
 
 
+def test_batches_of_similar_rows_hold_each_row_once_an_epoch():
+    seen: list[torch.Tensor] = []
+
+    def look(x):
+        seen.append(x[:, 0].clone())
+        return x
+
+    x = small_data(50)
+    x[:, 0] = torch.arange(50).float()[torch.randperm(50)]
+    for size in (x[:, 0], None):
+        seen.clear()
+        pvae.fit(
+            *small_pair(), x, epochs=2, batch_size=8, preprocess=look, bucket_by=size,
+            engine="eager", progress=False,
+        )  # fmt: skip
+        epochs = [seen[-14:-7], seen[-7:]]
+        for epoch in epochs:
+            assert torch.cat(epoch).sort().values.tolist() == list(range(50))
+            assert [len(batch) for batch in epoch] == [8] * 6 + [2]
+        spread = torch.stack([batch.std() for batch in epochs[0][:-1]]).mean()
+        assert (spread < 8) == (size is not None)  # 14 where batches are of any rows
+        assert not torch.equal(epochs[0][0], epochs[1][0])
+    with pytest.raises(OptionError, match="a number for each of 50 training rows"):
+        pvae.fit(*small_pair(), x, bucket_by=torch.arange(3))
+
+
 def test_metrics_file_has_one_strict_json_line_per_epoch(tmp_path):
     model, guide = small_pair()
     run = pvae.fit(
