@@ -101,6 +101,7 @@ class Loop:
     has_warned: bool = False
     good: GoodStates | None = None  # where it may be rolled back to
     bucket_by: Tensor | None = None
+    valid_every: int = 1
     step: Step = field(init=False)
     reporter: Reporter = field(init=False)
     begun: float = 0.0  # when the training would have begun, had it never stopped
@@ -305,11 +306,14 @@ class Loop:
         row |= {"seconds": seconds, "steps_per_second": self.steps_per_epoch / max(seconds, 1e-9)}
         row |= {k: n for k in ("left_out", "rolled_back") if (n := getattr(place, k))}
         self._check_finite(row)
-        if self.valid is not None:
+        if self.valid is not None and self._is_judged(place.epoch):
             row |= {f"valid_{name}": value for name, value in self._validate().items()}
         if isinstance(self.step, Turns):
             row |= self.step.end_epoch(row)
         return row
+
+    def _is_judged(self, epoch: int) -> bool:
+        return epoch % self.valid_every == 0 or epoch == self.epochs
 
     def _take(self, index: Tensor) -> Tensor:
         """One step, or nothing where it is not finite and may be left out."""
@@ -484,7 +488,7 @@ class Loop:
         place = self.place
         if self.valid is None:
             place.best_epoch = place.epoch
-        elif row["valid_bound"] > (-math.inf if place.best is None else place.best):
+        elif row.get("valid_bound", -math.inf) > (-math.inf if place.best is None else place.best):
             place.best, place.best_epoch = row["valid_bound"], place.epoch
             self.best_state = {name: t.detach().clone() for name, t in self._state().items()}
         self.run.best_epoch = place.best_epoch

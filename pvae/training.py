@@ -49,6 +49,7 @@ def fit(
     *,
     objective: Any = None,
     valid: Any = None,
+    valid_every: int = 1,
     epochs: int = 50,
     batch_size: int = 128,
     optimizer: Any = "adam",
@@ -91,6 +92,7 @@ def fit(
         train: Tensor or array ``(N, ...)``, a tuple or dict of them, or a split of a data set.
         objective: An :class:`pvae.Objective`, or one of ``pyro.infer``'s ELBOs; ``pvae.vae()``.
         valid: Held-out data. Its bound is taken after each epoch and the best parameters are kept.
+        valid_every: Epochs from one such look at it to the next; the last epoch always has one.
         epochs: Passes over the data.
         batch_size: Data per step; the last batch of an epoch may be smaller.
         optimizer: Name in ``torch.optim`` (adam, sgd, rmsprop, …), class, or instance.
@@ -147,7 +149,7 @@ def fit(
     """
     started = time.perf_counter()
     goal = as_objective(vae() if objective is None else objective)
-    _check_options(epochs, batch_size, patience, engine, valid)
+    _check_options(epochs, batch_size, patience, engine, valid, valid_every)
     plan = as_alternate(alternate)
     _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
@@ -206,7 +208,7 @@ def fit(
         loop = Loop(
             run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
             progress and leads(group), trackers if leads(group) else (), on_nan=on_nan,
-            bucket_by=_checked_sizes(bucket_by, total),
+            bucket_by=_checked_sizes(bucket_by, total), valid_every=valid_every,
         )  # fmt: skip
         if folder is not None:
             if leads(group):
@@ -239,7 +241,7 @@ def fit(
 
 
 def _check_options(
-    epochs: int, batch_size: int, patience: int | None, engine: str, valid: Any
+    epochs: int, batch_size: int, patience: int | None, engine: str, valid: Any, valid_every: int
 ) -> None:
     if epochs < 1 or batch_size < 1:
         raise OptionError(
@@ -250,6 +252,8 @@ def _check_options(
         raise OptionError(f"no engine is called {engine!r}: {did_you_mean(engine, ENGINES)}")
     if patience is not None and valid is None:
         raise OptionError("patience needs held-out data to judge by: pass valid=")
+    if valid_every < 1:
+        raise OptionError(f"valid_every must be at least 1 epoch, got {valid_every}")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
 

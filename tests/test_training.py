@@ -197,6 +197,26 @@ def test_kl_weight_that_does_not_end_at_one_is_said_and_the_elbo_logged():
     assert run.history[-1]["beta"] == 1
 
 
+def test_validation_now_and_then_and_at_the_end(tmp_path):
+    x = small_data()
+    every, seldom = (
+        pvae.fit(
+            *small_pair(), x, valid=x[:20], valid_every=each, epochs=8, batch_size=25, lr=1e-2,
+            engine="eager", progress=False,
+        )
+        for each in (1, 3)
+    )  # fmt: skip
+    judged = [row["epoch"] for row in seldom.history if "valid_bound" in row]
+    assert judged == [3, 6, 8]
+    for one, other in zip(every.history, seldom.history, strict=True):
+        assert one["bound"] == other["bound"]
+        assert other.get("valid_bound", one["valid_bound"]) == one["valid_bound"]
+    assert seldom.best_epoch in judged
+    assert pvae.plots.training_curves({"a": seldom.history}).axes
+    with pytest.raises(OptionError, match="valid_every must be at least 1"):
+        pvae.fit(*small_pair(), x, valid=x, valid_every=0)
+
+
 def test_validation_bound_has_weight_one_whatever_beta_is():
     model, guide = small_pair()
     x = small_data()
