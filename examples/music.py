@@ -5,7 +5,7 @@ pieces are judged in nats a time step in the three ways of the literature, by im
 and by a particle filter; then the model composes.
 
 Run:  python examples/music.py                       (the chorales of jsb)
-      python examples/music.py --epochs 600          (ten minutes of a core, and as good as published)
+      python examples/music.py --epochs 600          (ten minutes of a core; near what is published)
       python examples/music.py --data nottingham
       python examples/music.py --data scales         (toy music, no file needed)
 """

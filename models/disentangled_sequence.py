@@ -2,12 +2,12 @@ r"""The disentangled sequential VAE: what a video keeps, and what changes from f
 
     f             ~ Normal(0, I)
     z_t | z_{t-1} ~ Normal(loc(z_{t-1}), diag(scale(z_{t-1})^2)),    z_0 learned
-    x_t | f, z_t  ~ Normal(sum_k mask_k(z_t) colour_k(f), noise^2),    sum_k mask_k = 1 at each pixel
+    x_t | f, z_t  ~ Normal(sum_k mask_k(z_t) colour_k(f), noise^2),  sum_k mask_k = 1 in each pixel
 
 Li & Mandt (2018), Disentangled sequential autoencoder. Two things differ from theirs. The prior of
-the motion is a chain of first order instead of an LSTM. And the decoder cuts a frame into parts, as
-Burgess et al. (2019), MONet, do: ``z_t`` says where each part is, ``f`` what colour it has. So a
-swap of ``f`` cannot change the motion, and the error of a small part goes straight to its colour.
+the motion is a chain of first order instead of an LSTM. And the decoder cuts a frame into parts,
+as Burgess et al. (2019), MONet, do: ``z_t`` says where each part is, ``f`` what colour it has. So
+``f`` can move nothing, and the error of a small part goes straight to its colour.
 
 All of ``z`` is one latent site ``(T, z_dim)``, scored at all frames at once.
 """
@@ -79,8 +79,8 @@ class FrameDecoder(nn.Module):
     def forward(self, f: Tensor, z: Tensor) -> Tensor:
         """``(*, f_dim)`` and ``(*, T, z_dim)`` to ``(*, T, C, H, W)``."""
         colours = self.colours(f).unflatten(-1, (1, self.shape[0], self.parts))
-        frames = colours @ self.masks(z).flatten(-2)
-        return frames.unflatten(-1, self.shape[1:])
+        frames: Tensor = colours @ self.masks(z).flatten(-2)
+        return frames.reshape(*z.shape[:-1], *self.shape)
 
     def masks(self, z: Tensor) -> Tensor:
         """``(*, z_dim)`` to the share of each part in every pixel, ``(*, parts, H, W)``."""

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -431,11 +431,10 @@ class Loop:
         """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
         generator = torch.Generator().manual_seed(mix(self.problem.seed, -2, epoch))
         order = torch.randperm(self.problem.num_data, generator=generator)
-        batches = torch.split(order, self.batch_size)
+        batches: Iterable[Tensor] = torch.split(order, self.batch_size)
         if self.bucket_by is not None:
             batches = _buckets(order, self.bucket_by, self.batch_size, generator)
-        for batch in batches:
-            yield batch.to(self.problem.device)
+        yield from (batch.to(self.problem.device) for batch in batches)
 
     def _set_lr(self, step: int) -> None:
         factor = self.factor(step) * rate_factor(self.place.rollbacks)

@@ -104,14 +104,13 @@ class GaussianChain(TorchDistribution):  # type: ignore[misc]
         previous = self.start.expand(shape[:-2] + shape[-1:])
         # Cut at once: the gradient of an index is as large as all that it was taken from.
         contexts = [None] * self.length if self.context is None else self.context.unbind(-2)
-        drawn, locs, scales = [], [], []
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for context, each in zip(contexts, noise.unbind(-2), strict=True):
             loc, scale = self.step(previous, context)
             previous = torch.addcmul(loc, scale, each)
-            for kept, found in ((drawn, previous), (locs, loc), (scales, scale)):
-                kept.append(found)
-        value = torch.stack(drawn, -2)
-        self._drawn = (value, torch.stack(locs, -2), torch.stack(scales, -2))
+            steps.append((previous, loc, scale))
+        value, locs, scales = (torch.stack(parts, -2) for parts in zip(*steps, strict=True))
+        self._drawn = (value, locs, scales)  # its density needs them again
         return value
 
     def _moments(self, value: Tensor) -> tuple[Tensor, Tensor]:

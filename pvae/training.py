@@ -61,7 +61,7 @@ def fit(
     patience: int | None = None,
     parts: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
-    bucket_by: Tensor | None = None,
+    bucket_by: torch.Tensor | None = None,
     engine: str = "auto",
     precision: str = "full",
     device: str = "auto",
@@ -258,7 +258,7 @@ def _check_options(
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
 
 
-def _checked_sizes(sizes: Tensor | None, total: int) -> Tensor | None:
+def _checked_sizes(sizes: torch.Tensor | None, total: int) -> torch.Tensor | None:
     if sizes is not None and sizes.shape != (total,):
         raise OptionError(
             f"bucket_by has a number for each of {total} training rows, got shape "
