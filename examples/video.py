@@ -12,7 +12,9 @@ Run:  PVAE_DATA=... python examples/video.py         (sprites, 8 frames of 3x32x
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,13 @@ def judge(train: Videos, steps: int) -> Judge | None:
     return made
 
 
+def clip(x: Tensor, frame: int, length: int = 2) -> Tensor:
+    """A few frames in a row of each video ``(B, T * frame)``: more characters in the same time."""
+    frames = x.reshape(len(x), -1, frame)
+    first = int(torch.randint(frames.shape[1] - length + 1, ()))
+    return frames[:, first : first + length].flatten(1)
+
+
 @torch.no_grad()
 def swapped(run: pvae.Run, looks: Tensor, moves: Tensor) -> Tensor:
     """Videos with the looks of one ``(N, T, C, H, W)`` and the motion of the other."""
@@ -190,7 +199,7 @@ def write_pictures(run: pvae.Run, train: Videos, test: Videos, folder: Path, cou
 
 def main(
     data: str = "sprites",
-    epochs: int = 12,
+    epochs: int = 36,
     characters: int = 300,
     f_dim: int = 32,
     z_dim: int = 4,
@@ -214,7 +223,8 @@ def main(
         )
         run = pvae.fit(
             model, Guide(model, channels=channels), train.x.flatten(1),
-            valid=sets["valid"].x.flatten(1), epochs=epochs, batch_size=8, lr=3e-3,
+            valid=sets["valid"].x.flatten(1), valid_every=max(1, epochs // 18), epochs=epochs,
+            batch_size=16, preprocess=partial(clip, frame=math.prod(shape[1:])), lr=3e-3,
             lr_schedule="cosine", engine="eager", run_dir=folder, checkpoint_every=None,
         )  # fmt: skip
         held = test.x[:: max(1, len(test.x) // 200)].flatten(1)
@@ -236,7 +246,7 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="sprites", help="sprites, a folder of .gif, or squares")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=36)
     parser.add_argument("--characters", type=int, default=300, help="to learn from, at most 900")
     parser.add_argument("--out", help="folder to write (runs/example-video-<n>)")
     main(**vars(parser.parse_args()))

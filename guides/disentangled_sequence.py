@@ -2,7 +2,8 @@ r"""Posteriors of videos that keep something and change something.
 
     q(f, z | x) = Normal(f; a(x)) prod_t Normal(z_t; b_t(x))
 
-``a`` is a function of convolutional features, their mean over frames of the maximum over places.
+``a`` is a function of features of small patches, their mean over frames of the maximum over places.
+A patch is seen with its height in the frame, so that trousers are told from hair of that colour.
 ``b_t`` reads frame t alone (the factorised posterior of Li & Mandt 2018), or, with ``context``,
 what a recurrent network makes of the whole video in both directions (their full posterior, without
 its dependence on ``f``). It sees each video of a training batch through one random mixture of its
@@ -34,7 +35,9 @@ class DisentangledSequence(nn.Module):
 
     Args:
         model: A model of videos with sites ``f`` and ``z`` that states its ``frame_shape``.
-        channels: Channels after each halving of height and width.
+        channels: Channels after each halving of height and width, in the network of ``z_t``.
+        patches: The same in the network of ``f``; two halvings make patches of seven pixels.
+        kinds: Number of features of a patch.
         width: Width of the layer of each frame.
         context: Let ``z_t`` see the other frames.
 
@@ -48,6 +51,8 @@ class DisentangledSequence(nn.Module):
         model: Any,
         *,
         channels: Sequence[int] = (16, 32, 64),
+        patches: Sequence[int] = (24, 48),
+        kinds: int = 128,
         width: int = 128,
         context: bool = False,
     ) -> None:
@@ -59,16 +64,20 @@ class DisentangledSequence(nn.Module):
                 f"of {type(model).__name__} are {', '.join(latents) or 'none'}: use the gaussian "
                 "guide"
             )
-        if not channels or min(channels) < 1:
-            raise OptionError(f"channels are one or more numbers from 1 up, got {tuple(channels)}")
-        self.frame_shape, self.length = model.frame_shape, model.length
-        self.looks = _convolutions(self.frame_shape[0], channels)
+        if not channels or not patches or min(*channels, *patches, kinds) < 1:
+            raise OptionError(
+                f"channels are one or more numbers from 1 up, as patches are and kinds is, got "
+                f"{tuple(channels)}, {tuple(patches)} and {kinds}"
+            )
+        self.frame_shape = model.frame_shape
+        self.looks = _convolutions(self.frame_shape[0] + 1, patches)
+        self.looks.append(nn.Conv2d(patches[-1], kinds, 1))
         self.places = _convolutions(1, channels)
         sides = [math.ceil(side / 2 ** len(channels)) for side in self.frame_shape[1:]]
-        before, places = channels[-1], channels[-1] * math.prod(sides)
+        places = channels[-1] * math.prod(sides)
         (f_dim,), (_, z_dim) = latents["f"], latents["z"]
         self.static = nn.Sequential(
-            nn.LayerNorm(before), MLP(before, 2 * f_dim, (width,), activation_name="silu")
+            nn.LayerNorm(kinds), MLP(kinds, 2 * f_dim, (width,), activation_name="silu")
         )
         self.frame = nn.Linear(places, width)
         self.reader = (
@@ -77,18 +86,18 @@ class DisentangledSequence(nn.Module):
         self.dynamic = nn.Linear(width // 2 * 2 if context else width, 2 * z_dim)
 
     def forward(self, x: Tensor) -> None:
-        """Sample ``f`` and ``z`` given ``x`` of shape ``(B, x_dim)``."""
+        """Sample ``f`` and ``z`` given videos ``(B, x_dim)`` or clips of fewer frames."""
         with pyro.plate("data", len(x), dim=-1):
             for name, posterior in self.posterior(x).items():
                 pyro.sample(name, posterior)
 
     def posterior(self, x: Tensor) -> dict[str, Any]:
         """``q(f | x)`` and ``q(z | x)``: batch ``(B,)``, events ``(f_dim,)`` and ``(T, z_dim)``."""
-        frames = x.reshape(len(x), self.length, *self.frame_shape)
-        maps = self.looks(4 * frames.flatten(0, 1) - 0.4)
-        look = maps.amax((-2, -1)).reshape(len(x), self.length, -1).mean(1)
+        frames = x.reshape(len(x), -1, *self.frame_shape)
+        look = self.looks(_with_height(frames.flatten(0, 1))).amax((-2, -1))
+        look = look.reshape(*frames.shape[:2], -1).mean(1)
         places = _normalized(self.places(_normalized(self._grey(frames).flatten(0, 1))))
-        hidden = silu(self.frame(places.flatten(1))).reshape(len(x), self.length, -1)
+        hidden = silu(self.frame(places.flatten(1))).reshape(*frames.shape[:2], -1)
         if self.reader is not None:
             hidden, _ = self.reader(hidden)
         # f begins sharp and z blurred: what both could say is then learned by f.
@@ -102,6 +111,13 @@ class DisentangledSequence(nn.Module):
         return (frames * weights).mean(2, keepdim=True)
 
 
+def _with_height(frames: Tensor) -> Tensor:
+    """Frames ``(N, C, H, W)`` and, as one more channel, how far down each pixel is."""
+    height = torch.linspace(-2, 2, frames.shape[-2], dtype=frames.dtype, device=frames.device)
+    down = height[:, None].expand(len(frames), 1, *frames.shape[-2:])
+    return torch.cat([4 * frames - 0.4, down], 1)
+
+
 def _convolutions(width: int, channels: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for size in channels:
@@ -112,8 +128,8 @@ def _convolutions(width: int, channels: Sequence[int]) -> nn.Sequential:
 
 def _normalized(maps: Tensor) -> Tensor:
     """Maps ``(N, C, h, w)`` of mean zero and variance one over places."""
-    variance, mean = torch.var_mean(maps, (-2, -1), keepdim=True, correction=0)
-    return (maps - mean) * (variance + 1e-5).rsqrt()
+    centred = maps - maps.mean((-2, -1), keepdim=True)
+    return centred * (centred.square().mean((-2, -1), keepdim=True) + 1e-5).rsqrt()
 
 
 def _normal(output: Tensor, offset: float, event_dims: int) -> Any:

@@ -251,7 +251,7 @@ class Turns:
         self.counts = dict.fromkeys(_PHASES, 0)
         plan = self.plan
         over = plan.epochs is not None and row["epoch"] >= plan.epochs
-        if plan.while_rising is not None:
+        if plan.while_rising is not None and plan.while_rising in row:
             value = row[plan.while_rising]
             over = over or not value > self.before
             self.before = value

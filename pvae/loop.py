@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,8 @@ class Loop:
     on_nan: str = "stop"
     has_warned: bool = False
     good: GoodStates | None = None  # where it may be rolled back to
+    bucket_by: Tensor | None = None
+    valid_every: int = 1
     step: Step = field(init=False)
     reporter: Reporter = field(init=False)
     begun: float = 0.0  # when the training would have begun, had it never stopped
@@ -304,11 +306,14 @@ class Loop:
         row |= {"seconds": seconds, "steps_per_second": self.steps_per_epoch / max(seconds, 1e-9)}
         row |= {k: n for k in ("left_out", "rolled_back") if (n := getattr(place, k))}
         self._check_finite(row)
-        if self.valid is not None:
+        if self.valid is not None and self._is_judged(place.epoch):
             row |= {f"valid_{name}": value for name, value in self._validate().items()}
         if isinstance(self.step, Turns):
             row |= self.step.end_epoch(row)
         return row
+
+    def _is_judged(self, epoch: int) -> bool:
+        return epoch % self.valid_every == 0 or epoch == self.epochs
 
     def _take(self, index: Tensor) -> Tensor:
         """One step, or nothing where it is not finite and may be left out."""
@@ -426,7 +431,10 @@ class Loop:
         """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
         generator = torch.Generator().manual_seed(mix(self.problem.seed, -2, epoch))
         order = torch.randperm(self.problem.num_data, generator=generator)
-        yield from torch.split(order.to(self.problem.device), self.batch_size)
+        batches: Iterable[Tensor] = torch.split(order, self.batch_size)
+        if self.bucket_by is not None:
+            batches = _buckets(order, self.bucket_by, self.batch_size, generator)
+        yield from (batch.to(self.problem.device) for batch in batches)
 
     def _set_lr(self, step: int) -> None:
         factor = self.factor(step) * rate_factor(self.place.rollbacks)
@@ -479,7 +487,7 @@ class Loop:
         place = self.place
         if self.valid is None:
             place.best_epoch = place.epoch
-        elif row["valid_bound"] > (-math.inf if place.best is None else place.best):
+        elif row.get("valid_bound", -math.inf) > (-math.inf if place.best is None else place.best):
             place.best, place.best_epoch = row["valid_bound"], place.epoch
             self.best_state = {name: t.detach().clone() for name, t in self._state().items()}
         self.run.best_epoch = place.best_epoch
@@ -533,3 +541,19 @@ def compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> N
             UserWarning,
             stacklevel=3,
         )
+
+
+def _buckets(
+    order: Tensor, size: Tensor, batch_size: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Batches of rows of similar size, in random order; the rows left over, if any, are the last.
+
+    A row's rank in size is blurred by half a batch, so that no two epochs have the same batches.
+    """
+    whole = len(order) // batch_size * batch_size
+    rows, rest = order[:whole], order[whole:]
+    rank = size[rows].argsort().argsort()
+    blurred = rank + 0.5 * batch_size * torch.randn(whole, generator=generator)
+    batches = rows[blurred.argsort()].reshape(-1, batch_size)
+    batches = batches[torch.randperm(len(batches), generator=generator)]
+    return [*batches, *([rest] if len(rest) else [])]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import constraints, kl_divergence
 
 __all__ = ["GaussianChain", "Padded", "num_steps", "step_mask"]
 
@@ -66,6 +66,7 @@ class GaussianChain(TorchDistribution):  # type: ignore[misc]
     ) -> None:
         self.step, self.start, self.length = step, start, length
         self.context, self.mask = context, mask
+        self._drawn: tuple[Tensor, Tensor, Tensor] | None = None
         if batch_shape is None:
             known = context.shape[:-2] if context is not None else None
             known = mask.shape[:-1] if known is None and mask is not None else known
@@ -101,20 +102,45 @@ class GaussianChain(TorchDistribution):  # type: ignore[misc]
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.start.dtype, device=self.start.device)
         previous = self.start.expand(shape[:-2] + shape[-1:])
-        drawn = []
-        for t in range(self.length):
-            context = None if self.context is None else self.context[..., t, :]
+        # Cut at once: the gradient of an index is as large as all that it was taken from.
+        contexts = [None] * self.length if self.context is None else self.context.unbind(-2)
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        for context, each in zip(contexts, noise.unbind(-2), strict=True):
             loc, scale = self.step(previous, context)
-            previous = loc + scale * noise[..., t, :]
-            drawn.append(previous)
-        return torch.stack(drawn, -2)
+            previous = torch.addcmul(loc, scale, each)
+            steps.append((previous, loc, scale))
+        value, locs, scales = (torch.stack(parts, -2) for parts in zip(*steps, strict=True))
+        self._drawn = (value, locs, scales)  # its density needs them again
+        return value
+
+    def _moments(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each ``z_t`` given the one before in ``value``."""
+        if self._drawn is not None and self._drawn[0] is value:
+            return self._drawn[1:]
+        start = self.start.expand(*value.shape[:-2], 1, value.shape[-1])
+        return self.step(torch.cat([start, value[..., :-1, :]], -2), self.context)
 
     def step_log_prob(self, value: Tensor) -> Tensor:
         """``log p(z_t | z_{t-1})`` at each step, ``(*, T, Z) -> (*, T)``, zero at padding."""
-        start = self.start.expand(*value.shape[:-2], 1, value.shape[-1])
-        loc, scale = self.step(torch.cat([start, value[..., :-1, :]], -2), self.context)
-        log_prob: Tensor = Normal(loc, scale).log_prob(value).sum(-1)
+        log_prob: Tensor = Normal(*self._moments(value)).log_prob(value).sum(-1)
         return log_prob if self.mask is None else log_prob.masked_fill(~self.mask, 0.0)
+
+    def kl_along(self, value: Tensor, other: Any) -> Tensor:
+        """``sum_t KL(self(z_t | z_{t-1}) || other(z_t | z_{t-1}))`` along a path, nats.
+
+        Over paths ``(*, T, Z)`` that are drawn from this chain its mean is the KL of the two, with
+        less noise than the difference of their log densities has.
+
+        Raises:
+            NotImplementedError: ``other`` is no chain.
+        """
+        if not isinstance(other, GaussianChain):
+            raise NotImplementedError
+        ours, theirs = Normal(*self._moments(value)), Normal(*other._moments(value))
+        total = kl_divergence(ours, theirs).sum(-1)
+        if self.mask is not None:
+            total = total.masked_fill(~self.mask, 0.0)
+        return total.sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``(*, T, Z) -> (*,)``, nats."""

@@ -49,6 +49,7 @@ def fit(
     *,
     objective: Any = None,
     valid: Any = None,
+    valid_every: int = 1,
     epochs: int = 50,
     batch_size: int = 128,
     optimizer: Any = "adam",
@@ -60,6 +61,7 @@ def fit(
     patience: int | None = None,
     parts: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
+    bucket_by: torch.Tensor | None = None,
     engine: str = "auto",
     precision: str = "full",
     device: str = "auto",
@@ -90,6 +92,7 @@ def fit(
         train: Tensor or array ``(N, ...)``, a tuple or dict of them, or a split of a data set.
         objective: An :class:`pvae.Objective`, or one of ``pyro.infer``'s ELBOs; ``pvae.vae()``.
         valid: Held-out data. Its bound is taken after each epoch and the best parameters are kept.
+        valid_every: Epochs from one such look at it to the next; the last epoch always has one.
         epochs: Passes over the data.
         batch_size: Data per step; the last batch of an epoch may be smaller.
         optimizer: Name in ``torch.optim`` (adam, sgd, rmsprop, …), class, or instance.
@@ -107,6 +110,8 @@ def fit(
             sums) on any number of processes; more parts than processes need less memory. What is
             no mean over data cannot be cut: penalties, batch normalisation, Pyro's own ELBOs.
         preprocess: Applied to each training batch, on the device, with the step's noise.
+        bucket_by: A number for each training row ``(N,)``, its length say: the rows of a batch are
+            then similar in it, so that little of a batch that is cut to its longest is padding.
         engine: How a step is taken, see :mod:`pvae.engine`: ``"auto"`` chooses what pays,
             ``"eager"``, ``"staged"``, ``"compiled"`` or ``"cudagraph"``.
         precision: ``"full"``, or ``"bfloat16"`` for the products inside linear and convolution
@@ -144,7 +149,7 @@ def fit(
     """
     started = time.perf_counter()
     goal = as_objective(vae() if objective is None else objective)
-    _check_options(epochs, batch_size, patience, engine, valid)
+    _check_options(epochs, batch_size, patience, engine, valid, valid_every)
     plan = as_alternate(alternate)
     _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
@@ -203,6 +208,7 @@ def fit(
         loop = Loop(
             run, problems, plan, engine, held_out, batch_size, epochs, patience, rates, factor,
             progress and leads(group), trackers if leads(group) else (), on_nan=on_nan,
+            bucket_by=_checked_sizes(bucket_by, total), valid_every=valid_every,
         )  # fmt: skip
         if folder is not None:
             if leads(group):
@@ -216,6 +222,8 @@ def fit(
                 "on_nan": on_nan,
                 "parameters": {name: list(each.shape) for name, each in weights.items()},
             } | ({"parts": pieces} if pieces > 1 else {})  # fmt: skip
+            if bucket_by is not None:
+                record["bucket_by"] = bucket_by.tolist()
             facts = _facts(record, data, held_out, where) if every is not None or resume else {}
             if resume:
                 loop.resume(folder / "checkpoints", facts)
@@ -233,7 +241,7 @@ def fit(
 
 
 def _check_options(
-    epochs: int, batch_size: int, patience: int | None, engine: str, valid: Any
+    epochs: int, batch_size: int, patience: int | None, engine: str, valid: Any, valid_every: int
 ) -> None:
     if epochs < 1 or batch_size < 1:
         raise OptionError(
@@ -244,8 +252,19 @@ def _check_options(
         raise OptionError(f"no engine is called {engine!r}: {did_you_mean(engine, ENGINES)}")
     if patience is not None and valid is None:
         raise OptionError("patience needs held-out data to judge by: pass valid=")
+    if valid_every < 1:
+        raise OptionError(f"valid_every must be at least 1 epoch, got {valid_every}")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+
+
+def _checked_sizes(sizes: torch.Tensor | None, total: int) -> torch.Tensor | None:
+    if sizes is not None and sizes.shape != (total,):
+        raise OptionError(
+            f"bucket_by has a number for each of {total} training rows, got shape "
+            f"{tuple(sizes.shape)}"
+        )
+    return None if sizes is None else sizes.cpu()
 
 
 def _check_parts(

@@ -90,6 +90,41 @@ def test_chain_draws_have_the_moments_of_the_chain():
         assert ((found.var(0) - cov.diagonal()).abs() < 4.5 * spread).all()
 
 
+def test_kl_along_paths_is_the_difference_of_log_densities_with_less_noise():
+    model, guide = small_pair()
+    x = rolls(6, 3)
+    q, p = guide.posterior(x)["z"].expand([4000, 2]), model.chain(step_mask(x))
+    z = q.rsample()
+    along, difference = q.kl_along(z, p), q.log_prob(z) - p.log_prob(z)
+    error = (along - difference).std(0) / len(z) ** 0.5
+    assert ((along - difference).mean(0).abs() < 4.5 * error).all()
+    assert (along.std(0) < 0.5 * difference.std(0)).all()
+    assert torch.equal(q.kl_along(z, q), torch.zeros(4000, 2).double())
+    objective = pvae.vae(analytic_kl=True)
+    layout = objective.prepare(model, guide, x)
+    torch.manual_seed(0)
+    loss = objective.evaluate(model, guide, x, layout=layout)
+    torch.manual_seed(0)
+    draw = pvae.draw(model, guide, x, 1).values["z"]
+    fresh = guide.posterior(x)["z"].kl_along(draw, p)[0]  # its moments taken anew
+    assert torch.allclose(loss.kl, fresh, atol=1e-12)
+
+
+def test_density_of_a_draw_has_the_gradient_of_any_other_value():
+    """What the draw left behind is what the density would find again."""
+    model, guide = small_pair()
+    x = rolls(6, 3)
+    gradients = []
+    for kept in (True, False):
+        torch.manual_seed(0)
+        q = guide.posterior(x)["z"]
+        z = q.rsample()
+        log_prob = q.log_prob(z if kept else z + 0)
+        gradients.append(torch.autograd.grad(log_prob.sum(), list(guide.parameters())))
+    for one, two in zip(*gradients, strict=True):
+        assert torch.allclose(one, two, atol=1e-10)
+
+
 @pytest.mark.parametrize("options", GUIDES, ids=str)
 def test_padding_never_changes_a_weight(options):
     model, guide = small_pair(**options)

@@ -197,6 +197,26 @@ def test_kl_weight_that_does_not_end_at_one_is_said_and_the_elbo_logged():
     assert run.history[-1]["beta"] == 1
 
 
+def test_validation_now_and_then_and_at_the_end(tmp_path):
+    x = small_data()
+    every, seldom = (
+        pvae.fit(
+            *small_pair(), x, valid=x[:20], valid_every=each, epochs=8, batch_size=25, lr=1e-2,
+            engine="eager", progress=False,
+        )
+        for each in (1, 3)
+    )  # fmt: skip
+    judged = [row["epoch"] for row in seldom.history if "valid_bound" in row]
+    assert judged == [3, 6, 8]
+    for one, other in zip(every.history, seldom.history, strict=True):
+        assert one["bound"] == other["bound"]
+        assert other.get("valid_bound", one["valid_bound"]) == one["valid_bound"]
+    assert seldom.best_epoch in judged
+    assert pvae.plots.training_curves({"a": seldom.history}).axes
+    with pytest.raises(OptionError, match="valid_every must be at least 1"):
+        pvae.fit(*small_pair(), x, valid=x, valid_every=0)
+
+
 def test_validation_bound_has_weight_one_whatever_beta_is():
     model, guide = small_pair()
     x = small_data()
@@ -222,6 +242,32 @@ def test_preprocess_draws_anew_each_epoch():
     pvae.fit(model, guide, grey, preprocess=binarize, epochs=2, batch_size=8, progress=False)
     assert len(seen) >= 3  # one look, two epochs
     assert not torch.equal(seen[-1], seen[-2])
+
+
+def test_batches_of_similar_rows_hold_each_row_once_an_epoch():
+    seen: list[torch.Tensor] = []
+
+    def look(x):
+        seen.append(x[:, 0].clone())
+        return x
+
+    x = small_data(50)
+    x[:, 0] = torch.arange(50).float()[torch.randperm(50)]
+    for size in (x[:, 0], None):
+        seen.clear()
+        pvae.fit(
+            *small_pair(), x, epochs=2, batch_size=8, preprocess=look, bucket_by=size,
+            engine="eager", progress=False,
+        )  # fmt: skip
+        epochs = [seen[-14:-7], seen[-7:]]
+        for epoch in epochs:
+            assert torch.cat(epoch).sort().values.tolist() == list(range(50))
+            assert [len(batch) for batch in epoch] == [8] * 6 + [2]
+        spread = torch.stack([batch.std() for batch in epochs[0][:-1]]).mean()
+        assert (spread < 8) == (size is not None)  # 14 where batches are of any rows
+        assert not torch.equal(epochs[0][0], epochs[1][0])
+    with pytest.raises(OptionError, match="a number for each of 50 training rows"):
+        pvae.fit(*small_pair(), x, bucket_by=torch.arange(3))
 
 
 def test_metrics_file_has_one_strict_json_line_per_epoch(tmp_path):

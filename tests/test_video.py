@@ -151,17 +151,48 @@ def test_frames_are_read_alone_or_in_context():
         assert bool(change[:, :3].abs().max() > 0) == context
 
 
-def test_the_decoder_leaves_no_channel_stronger_by_z():
-    """What z lays out has mean zero and variance one in each channel, whatever z is."""
+def test_a_frame_is_its_parts_in_their_colours():
+    """Pixel by pixel; and looks that make all parts of one colour leave no motion to be seen."""
     model, _ = small_pair()
-    from pvae.models.disentangled_sequence import _normalized
+    decoder, f, z = model.decoder, torch.randn(3, 3).double(), torch.randn(3, 4, 2).double()
+    masks = decoder.masks(z)
+    assert masks.shape == (3, 4, 24, *SHAPE[2:])
+    assert (masks.sum(2) - 1).abs().max() < 1e-12
+    frames, colours = decoder(f, z), decoder.colours(f).reshape(3, SHAPE[1], 24)
+    expected = sum(colours[:, None, :, k, None, None] * masks[:, :, None, k] for k in range(24))
+    assert (frames - expected).abs().max() < 1e-12
+    assert frames.std(1).min() > 1e-6
+    with torch.no_grad():
+        decoder.colours[-1].weight.zero_()
+        decoder.colours[-1].bias.fill_(0.3)
+    assert (decoder(f, z) - 0.3).abs().max() < 1e-12
 
-    maps = model.decoder.layout(3 * torch.randn(9, 2).double()).reshape(-1, *model.decoder.start)
-    for scale in (1, 5):
-        y = _normalized(scale * maps + scale)
-        assert y.mean((-2, -1)).abs().max() < 1e-10
-    big = _normalized(100 * maps)
-    assert (big.square().mean((-2, -1)) - 1).abs().max() < 1e-2
+
+def test_a_clip_of_some_frames_is_scored_as_a_video_of_that_length():
+    model, guide = small_pair()
+    clip = videos().reshape(6, *SHAPE)[:, 1:3].flatten(1)
+    torch.manual_seed(1)
+    short = Model(120, image_shape=(2, *SHAPE[1:]), f_dim=3, z_dim=2, channels=(4, 5)).double()
+    short.load_state_dict(model.state_dict())
+    particles = pvae.draw(model, guide, clip, 2)
+    assert particles.values["z"].shape == (2, 6, 2, 2)
+    torch.manual_seed(0)
+    here = pvae.draw(model, guide, clip, 2).log_weights
+    torch.manual_seed(0)
+    assert torch.equal(here, pvae.draw(short, guide, clip, 2).log_weights)
+
+
+def test_looks_know_how_high_up_a_colour_is():
+    """A patch of one colour, moved down, is another look; moved to the side it is the same."""
+    _, guide = small_pair()
+    still = torch.zeros(3, *SHAPE, dtype=torch.float64)
+    for video, (down, across) in zip(still, ((0, 0), (0, 4), (4, 0)), strict=True):
+        video[:, 0, down, across] = 1
+    alone = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 1), torch.nn.Tanh()).double()
+    guide.looks, guide.static = alone, torch.nn.Identity()
+    looks = guide.posterior(still.flatten(1))["f"].mean
+    assert (looks[0] - looks[1]).abs().max() < 1e-12
+    assert (looks[0] - looks[2]).abs().max() > 1e-3
 
 
 def test_staged_training_is_eager_training():
@@ -184,6 +215,8 @@ def test_programs_that_do_not_fit_say_so():
         Model(240, image_shape=(4, 2, 6, 6))
     with pytest.raises(OptionError, match="channels are"):
         Model(240, image_shape=SHAPE, channels=())
+    with pytest.raises(OptionError, match="parts must be at least 1, got 0"):
+        Model(240, image_shape=SHAPE, parts=0)
     with pytest.raises(OptionError, match="channels are"):
         Guide(Model(240, image_shape=SHAPE), channels=(0,))
 

@@ -96,7 +96,7 @@ def closed_form_kl(
     for name in layout.latents:
         prior, posterior = model_trace.nodes[name], guide_trace.nodes[name]
         try:
-            term = torch.distributions.kl_divergence(posterior["fn"], prior["fn"])
+            term = _kl(posterior["fn"], prior["fn"], posterior["value"])
         except NotImplementedError:
             kl[name] = particles.log_q[name] - particles.log_p[name]
             continue
@@ -106,3 +106,11 @@ def closed_form_kl(
         kl[name] = sum_inner_plates(term, layout, num_particles, num_data)
     auxiliary = {n: t for n, t in particles.log_q.items() if n not in kl}
     return {**kl, **auxiliary}
+
+
+def _kl(posterior: Any, prior: Any, value: Tensor) -> Tensor:
+    """In closed form, or where it has none but its steps have (a chain), along the draw."""
+    along = getattr(posterior, "kl_along", None)
+    if along is not None:
+        return along(value, prior)  # type: ignore[no-any-return]
+    return torch.distributions.kl_divergence(posterior, prior)

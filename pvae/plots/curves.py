@@ -51,7 +51,7 @@ def training_curves(histories: Mapping[str, History]) -> Figure:
         shown += _curve(axes, name, history, colour)
     _leave_out_the_plunge(axes, shown, max(len(history) for history in known.values()))
     axes.plot([], [], "--", color=GREY, lw=1.2, label="training")
-    if any("valid_bound" in history[0] for history in known.values()):
+    if any("valid_bound" in history[-1] for history in known.values()):
         axes.plot([], [], "-", color=GREY, lw=2, label="validation")
         axes.plot([], [], "o", color=GREY, mec="white", ms=8, label="best epoch")
     axes.set(xlabel="epoch", ylabel="bound (nats per datum)", title="Bound by epoch")
@@ -103,8 +103,8 @@ def _curve(axes: Any, name: str, history: History, colour: str) -> list[float]:
     axes.plot(epochs, train, "--", color=colour, lw=1.2, alpha=0.8, marker=lone, ms=4)
     axes.plot([], [], "-", color=colour, lw=4, label=label)
     if np.isfinite(valid).any():
-        best = int(np.nanargmax(valid))
-        axes.plot(epochs, valid, "-", color=colour, lw=2)
+        best, judged = int(np.nanargmax(valid)), ~np.isnan(valid)
+        axes.plot(epochs[judged], valid[judged], "-", color=colour, lw=2)
         axes.plot(epochs[best], valid[best], "o", color=colour, mec="white", ms=8, zorder=5)
     settled = slice(math.ceil(len(history) / 10), None)
     values = [*train[settled], *valid[settled]]
