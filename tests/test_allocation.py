@@ -30,7 +30,7 @@ print(faults(), keep_large_blocks(), faults())
 def _run(**environment: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True,
-        env={**{k: v for k, v in os.environ.items() if "MALLOC" not in k},
+        env={**{k: v for k, v in os.environ.items() if "MALLOC" not in k and "THP" not in k},
              **environment},
     )  # fmt: skip
     return done.stdout.split()
