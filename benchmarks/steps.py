@@ -167,7 +167,7 @@ class _NoStep:
 def loop_milliseconds(case: tuple[Any, ...], data: Tensor) -> float:
     """What ``pvae.fit`` does around a step: order, schedules, sums. Median over epochs."""
     model, guide = pair(case)
-    with unittest.mock.patch("pvae.training.stage", return_value=_NoStep()):
+    with unittest.mock.patch("pvae.loop.stage", return_value=_NoStep()):
         run = pvae.fit(
             model, guide, data.repeat(25, 1), epochs=20, batch_size=case[3], lr_schedule="cosine",
             engine="compiled", progress=False,
