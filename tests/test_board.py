@@ -612,16 +612,38 @@ def test_two_commands_in_one_folder_compute_each_cell_once(tmp_path):
         assert {row["status"] for row in csv.DictReader(file)} == {"ours"}
 
 
+def holder(path: Path) -> subprocess.Popen:
+    """A process that has the claim at ``path`` until it is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import fcntl, sys; f = open(sys.argv[1], 'a');"
+         "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()", str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 def test_the_cells_of_a_killed_command_are_taken_over(tmp_path):
-    first = shared_command(tmp_path)
-    wait_for(lambda: list(tmp_path.glob("cells/.*")), first)
+    cells = board.cells("binary", schedule="smoke", data=["digits"], entries=["vae-elbo"])
+    first = holder(tmp_path / ".claims" / cells[0].digest)
+    left = tmp_path / "cells" / f".{cells[0].digest}.left"
+    left.mkdir(parents=True)
     second = shared_command(tmp_path)
-    wait_for(lambda: len(list(tmp_path.glob("cells/.*"))) == 2, second)
+
+    def done() -> list[Path]:
+        return [path for path in tmp_path.glob("cells/*") if len(path.name) == 64]
+
+    wait_for(lambda: len(done()) == 3, second)
+    assert cells[0].digest not in {path.name for path in done()}
+    assert second.poll() is None, "the claimed cell is waited for"
     first.kill()
     first.communicate()
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 0, errors
-    assert len([p for p in (tmp_path / "cells").iterdir() if len(p.name) == 64]) == 4
+    assert len(done()) == 4
+    assert not left.exists()
 
 
 def test_a_claim_is_held_by_one_and_ends_with_its_process(tmp_path):
@@ -629,13 +651,7 @@ def test_a_claim_is_held_by_one_and_ends_with_its_process(tmp_path):
     assert mine is not None
     assert locks.claim(tmp_path / "claims" / "a") is None
     mine.close()
-    other = subprocess.Popen(
-        [sys.executable, "-S", "-c", "import fcntl, sys; f = open(sys.argv[1], 'a');"
-         "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
-         str(tmp_path / "claims" / "a")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert other.stdout is not None
-    other.stdout.readline()
+    other = holder(tmp_path / "claims" / "a")
     assert locks.claim(tmp_path / "claims" / "a") is None
     other.kill()
     other.communicate()
