@@ -2,7 +2,7 @@
 
 All players move at once on one forward pass, and each loss is differentiated by its player's own
 parameters alone: what a loss does not own it cannot move, however far its graph reaches. A recipe
-(:func:`gan`, :func:`vae_gan`, :func:`adversarial_autoencoder`, :func:`avb`) is a short function
+(those of :mod:`pvae.games`, or one of your own) is a short function
 that gives a :class:`Game`; the models and guides are those that ``pvae.fit`` trains.
 """
 
@@ -23,6 +23,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pvae.allocation import keep_large_blocks
 from pvae.checkpoints import fingerprint, newest, save_tensors
 from pvae.data import as_batch, num_rows, take
 from pvae.engine import build_optimizer, mix, seed_noise
@@ -220,6 +221,7 @@ def play(
     folder, every = None if run_dir is None else Path(run_dir), as_every(checkpoint_every)
     check_folder(folder, resume=resume, keep=keep_checkpoints)
     where = device_of(device)
+    keep_large_blocks()
     data = as_batch(train, device=where)
     for module in game.modules.values():
         module.to(where)

@@ -8,10 +8,9 @@ an IWAE step with 5000 x 784 logits (``docs/performance.md``).
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import platform
+from typing import Any
 
 __all__ = ["give_back", "keep_large_blocks"]
 
@@ -32,10 +31,10 @@ def keep_large_blocks() -> bool:
         Whether the allocator was told so.
     """
     own = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
-    if own or platform.libc_ver()[0] != "glibc":
+    if own or not _is_glibc():
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once
-    mallopt = ctypes.CDLL(None).mallopt
+    mallopt = _c_library().mallopt
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, _LARGEST))
 
 
@@ -44,5 +43,18 @@ def give_back() -> None:
 
     Data that are read from a file in blocks leave holes of many sizes, which otherwise add up.
     """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if _is_glibc():
+        _c_library().malloc_trim(0)
+
+
+def _is_glibc() -> bool:
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, OSError, ValueError):  # another system
+        return False
+
+
+def _c_library() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None)

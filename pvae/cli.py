@@ -640,7 +640,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or that of the error (2 usage and programs, 65 data, 66 run folders, 70
         numbers, 74 files, 130 interrupted).
     """
-    keep_large_blocks()  # before the first of them
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -672,6 +671,7 @@ def _dispatch(words: Sequence[str]) -> None:
     name = words[0]
     if name not in made:
         raise OptionError(f"no command is called {name!r}: {did_you_mean(name, made)}")
+    keep_large_blocks()  # before the first of them
     place = launched()
     if place is None:
         _COMMANDS[name][0](words[1:], made[name])

@@ -47,13 +47,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [] if self.nan else _real((args, kwargs))
-        healthy = all(bool(torch.isfinite(each).all()) for each in given)
+        if self.nan is not None:
+            return func(*args, **(kwargs or {}))
+        healthy = all(bool(torch.isfinite(each).all()) for each in _real((args, kwargs)))
         made = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.strip("_")
-        if self.nan is None and healthy and not name.startswith(_UNFILLED):
+        if healthy and not name.startswith(_UNFILLED):
             found = _real(made)
-            if self.nan is None and any(bool(each.isnan().any()) for each in found):
+            if any(bool(each.isnan().any()) for each in found):
                 self.nan = _at(name)
             if self.infinity is None and any(bool(each.isinf().any()) for each in found):
                 self.infinity = _at(name)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ProgramError
-from pvae.particles import ModelSite, arguments
+from pvae.particles import ModelSite, arguments, base_family, support_of
 
 __all__ = [
     "Entry", "Plate", "Where", "categories_of", "describe", "entries_of", "fill_axes", "find",
-    "find_mask", "leaf", "mask_of", "plates_of", "support_of", "unit_of", "with_axis",
+    "find_mask", "mask_of", "plates_of", "unit_of", "with_axis",
 ]  # fmt: skip
 
 Sites = dict[str, ModelSite]
@@ -281,21 +281,6 @@ def _same_mask(mask: Tensor, candidate: Tensor) -> bool:
 # --- distributions -------------------------------------------------------------------------------
 
 
-def leaf(distribution: Any) -> Any:
-    """The distribution within ``to_event``, ``expand`` and ``mask``."""
-    while hasattr(distribution, "base_dist") and not hasattr(distribution, "transforms"):
-        distribution = distribution.base_dist
-    return distribution
-
-
-def support_of(distribution: Any) -> Any:
-    """A distribution's support; ``None`` if it declares none."""
-    try:
-        return distribution.support
-    except NotImplementedError:
-        return None
-
-
 def unit_of(support: Any) -> Any:
     """The constraint on single numbers, from within ``independent``."""
     while hasattr(support, "base_constraint"):
@@ -305,7 +290,7 @@ def unit_of(support: Any) -> Any:
 
 def categories_of(distribution: Any) -> int | None:
     """Number of values of a categorical distribution, ``None`` for any other."""
-    inner = leaf(distribution)
+    inner = base_family(distribution)
     if "Categorical" in type(inner).__name__ and not hasattr(inner, "temperature"):
         return int(inner.logits.shape[-1])
     return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ProgramError
-from pvae.particles import ModelSite, read_dependencies, read_model
+from pvae.particles import ModelSite, base_family, read_dependencies, read_model, support_of
 from pvae.placement import (
     Entry,
     Plate,
@@ -28,10 +28,8 @@ from pvae.placement import (
     fill_axes,
     find,
     find_mask,
-    leaf,
     mask_of,
     plates_of,
-    support_of,
     unit_of,
     with_axis,
 )  # fmt: skip
@@ -283,7 +281,7 @@ def _latent(
     frames = [f for f in site.plates if f.vectorized]
     return Latent(
         name=name,
-        family=type(leaf(site.distribution)).__name__,
+        family=type(base_family(site.distribution)).__name__,
         support=_static_support(name, runs),
         event_shape=tuple(site.distribution.event_shape),
         plates=tuple(f.name for f in sorted(frames, key=lambda f: int(f.dim))),
@@ -303,7 +301,7 @@ def _observed(
         name=name,
         where=where,
         support=support_of(site.distribution),
-        family=type(leaf(site.distribution)).__name__,
+        family=type(base_family(site.distribution)).__name__,
         plates=tuple(f.name for f in sorted(frames, key=lambda f: int(f.dim))),
         categories=categories_of(site.distribution),
     )
@@ -314,8 +312,8 @@ def _static_support(name: str, runs: list[ModelSite]) -> Any:
     supports = [support_of(site.distribution) for site in runs]
     if supports[0] is None:
         raise ProgramError(
-            f"site {name!r} ({type(leaf(runs[0].distribution)).__name__}) does not say what its "
-            "support is: give its distribution a 'support', or write the guide by hand"
+            f"site {name!r} ({type(base_family(runs[0].distribution)).__name__}) does not say what "
+            "its support is: give its distribution a 'support', or write the guide by hand"
         )
     bounds = [_bounds(unit_of(s)) for s in supports]
     for key in bounds[0]:

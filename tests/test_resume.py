@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from deaths import dying_after
 from torch import Tensor, nn
 
 import pvae
@@ -149,27 +149,6 @@ def fitted(folder: Path, make, *, valid: bool = True, **options):
     return pvae.fit(
         model, guide, data(), valid=held_out, run_dir=folder, progress=False, **settings
     )
-
-
-class Death(Exception):
-    """The process would be gone here."""
-
-
-@contextlib.contextmanager
-def dying_after(step: int):
-    """The training within dies after a step, when its checkpoint is written."""
-    heed = loop.Loop._heed
-
-    def dying(each) -> None:
-        heed(each)
-        if each.place.step == step:
-            raise Death
-
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(loop.Loop, "_heed", dying)
-        with contextlib.suppress(Death):
-            yield
-            pytest.fail("it ended before its death")
 
 
 def end(run) -> tuple[bytes, list[dict[str, float]], tuple]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -13,10 +12,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from deaths import dying_after
 from torch import Tensor, nn
 
 import pvae
-from pvae import loop, rollback
+from pvae import rollback
 from pvae.doctor import Doctor, examine_history
 from pvae.engine import Problem
 from pvae.errors import NonFiniteError, RunError
@@ -189,26 +189,6 @@ def test_alternation_parts_and_other_optimisers(options):
 
 
 # --- resumed -------------------------------------------------------------------------------------
-
-
-class Death(Exception):
-    """The process would be gone here."""
-
-
-@contextlib.contextmanager
-def dying_after(step: int):
-    heed = loop.Loop._heed
-
-    def dying(each) -> None:
-        heed(each)
-        if each.place.step == step:
-            raise Death
-
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(loop.Loop, "_heed", dying)
-        with contextlib.suppress(Death):
-            yield
-            pytest.fail("it ended before its death")
 
 
 def end(run) -> tuple[bytes, list[dict[str, float]]]:

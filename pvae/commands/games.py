@@ -15,7 +15,7 @@ from pvae import __version__, catalogue, runs
 from pvae.commands.preparing import load_data, threads
 from pvae.commands.programs import Programs, choose_likelihood
 from pvae.commands.saying import say
-from pvae.commands.train import FREE, resumable
+from pvae.commands.train import refuse_changes, resumable
 from pvae.errors import DataError, OptionError, ProgramError
 from pvae.launchers import launched
 
@@ -93,17 +93,11 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
         RunError: It was started under another configuration, or another process is at work in it.
     """
     from pvae.locks import locked
-    from pvae.resumption import refuse_difference
 
     with locked(folder), resumable(folder):
         before = runs.read_config(folder)
         dataset = load_data(config)
-        refuse_difference(
-            {key: config[key] for key in runs.DEFAULTS},
-            {key: before[key] for key in runs.DEFAULTS},
-            str(folder),
-            free=FREE,
-        )
+        refuse_changes(config, before, folder)
         say(dataset.description())
         done = len(runs.history(folder, torn=True))
         with threads(dataset):

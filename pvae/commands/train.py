@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pvae.data import Dataset
     from pvae.training import Run
 
-__all__ = ["FIT", "FREE", "resumable", "resume", "train", "train_into"]
+__all__ = ["FIT", "refuse_changes", "resumable", "resume", "train", "train_into"]
 
 FIT = (
     "epochs",
@@ -40,7 +40,7 @@ FIT = (
     "on_nan",
 )
 # What may be different when a run is resumed; another device is a warning.
-FREE = (
+_FREE = (
     "epochs", "patience", "checkpoint_every", "keep_checkpoints", "device", "track", "pictures"
 )  # fmt: skip
 
@@ -84,7 +84,6 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
         RunError: It was started under another configuration, or another process is at work in it.
     """
     from pvae.locks import locked
-    from pvae.resumption import refuse_difference
 
     with grouped(config) as group, contextlib.ExitStack() as stack:
         if leads(group):
@@ -92,12 +91,7 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
             stack.enter_context(resumable(folder))
         before = runs.read_config(folder)
         dataset = load_data(config, streams=True)
-        refuse_difference(
-            {key: config[key] for key in runs.DEFAULTS},
-            {key: before[key] for key in runs.DEFAULTS},
-            str(folder),
-            free=FREE,
-        )
+        refuse_changes(config, before, folder)
         say(dataset.description())
         done = len(runs.history(folder, torn=True))
         with threads(dataset):
@@ -106,6 +100,18 @@ def resume(config: dict[str, Any], programs: Programs, folder: Path) -> None:
             _finish_train(config, run, dataset, folder)
     if len(run.history) == done:
         say(f"{folder} was finished already: a larger --epochs or --patience goes on with it")
+
+
+def refuse_changes(config: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume under options other than those that a run began with.
+
+    Raises:
+        RunError: It names them.
+    """
+    from pvae.resumption import refuse_difference
+
+    now, then = ({key: each[key] for key in runs.DEFAULTS} for each in (config, before))
+    refuse_difference(now, then, str(folder), free=_FREE)
 
 
 def _finish_train(config: Mapping[str, Any], run: Run, dataset: Dataset, folder: Path) -> None:

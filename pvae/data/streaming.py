@@ -190,16 +190,7 @@ def _to_float(x: Tensor) -> Tensor:
 
 def _standardize(rows: MappedRows) -> Standardize:
     found = rows.moments
-    constant = found.low == found.high
-    std = found.std.masked_fill(constant, 1.0)
-    bad = ~(std.isfinite() & (std > 0))
-    if bool(bad.any()):
-        feature = int(bad.nonzero()[0])
-        raise DataError(
-            f"feature {feature} has a standard deviation of {std[feature].item()}, expected a "
-            "positive finite one: rescale this feature"
-        )
-    return Standardize(found.mean.where(~constant, found.low), std)
+    return Standardize.of_moments(found.mean, found.std, found.low, found.high)
 
 
 def _log_det(rows: MappedRows, chain: Chain) -> Tensor:

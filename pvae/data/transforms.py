@@ -100,8 +100,17 @@ class Standardize(Transform):
         """
         x = x.double()
         std, mean = torch.std_mean(x, 0, correction=0)
+        return cls.of_moments(mean, std, x.amin(0), x.amax(0))
+
+    @classmethod
+    def of_moments(cls, mean: Tensor, std: Tensor, low: Tensor, high: Tensor) -> Standardize:
+        """From each feature's mean, population standard deviation and range, ``(D,)`` float64.
+
+        Raises:
+            DataError: A feature is too large to square.
+        """
         # Rounding gives a constant feature such as 0.1 a tiny std, so that std == 0 would miss it.
-        constant = x.amin(0) == x.amax(0)
+        constant = low == high
         std = std.masked_fill(constant, 1.0)
         bad = ~(std.isfinite() & (std > 0))
         if bool(bad.any()):
@@ -110,7 +119,7 @@ class Standardize(Transform):
                 f"feature {feature} has a standard deviation of {std[feature].item()}, expected a "
                 "positive finite one: rescale this feature"
             )
-        return cls(mean.where(~constant, x[0]), std)
+        return cls(mean.where(~constant, low), std)
 
     @override
     def __call__(self, x: Tensor) -> Tensor:

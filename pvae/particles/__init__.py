@@ -41,7 +41,7 @@ from pvae.particles.programs import (
 )
 from pvae.particles.reading import ModelSite, read_dependencies, read_model
 from pvae.particles.simulation import check_dreams, sample_observed, simulate
-from pvae.particles.supports import check_support
+from pvae.particles.supports import base_family, check_support, support_of
 from pvae.particles.types import (
     Batch,
     Gate,
@@ -68,6 +68,7 @@ __all__ = [
     "Relaxed",
     "Scale",
     "arguments",
+    "base_family",
     "by_datum",
     "by_program",
     "check_continuous",
@@ -98,5 +99,6 @@ __all__ = [
     "simulate",
     "site_priors",
     "sum_terms",
+    "support_of",
     "unconstrain",
 ]
