@@ -249,6 +249,7 @@ def cells(
     data: Sequence[str] | None = None,
     entries: Sequence[str] | None = None,
     seeds: int = 1,
+    precision: str = "full",
 ) -> list[Cell]:
     """The cells of a board, in the order of its data sets.
 
@@ -258,12 +259,17 @@ def cells(
         data: Only these data sets.
         entries: Only these entries.
         seeds: Number of seeds, from 0.
+        precision: In which VAEs are trained: see :func:`pvae.fit`. All are judged in full.
 
     Raises:
         OptionError: A name that the board does not hold, or no seed.
     """
     _check("board", board, BOARDS)
     _check("schedule", schedule, SCHEDULES)
+    if precision != "full":
+        from pvae.precision import precision_context
+
+        precision_context(precision)  # refuses a name that it does not know
     if seeds < 1:
         raise OptionError(f"--seeds must be at least 1, got {seeds}")
     tasks = {task.data: task for task in BOARDS[board]}
@@ -275,12 +281,20 @@ def cells(
     for name in entries or ():
         _check(f"cell of the {board} board", name, {n for each in offered.values() for n in each})
     return [
-        Cell(task, name, title, _config(task, own, how, seed))
+        Cell(task, name, *_trained(title, _config(task, own, how, seed), precision))
         for task in chosen
         for name, (title, own) in offered[task.data].items()
         for seed in range(1 if name in _SEEDLESS else seeds)
         if not entries or name in entries
     ]
+
+
+def _trained(title: str, config: dict[str, Any], precision: str) -> Entry:
+    """A VAE's title and configuration with another precision than the full one."""
+    if precision == "full" or "training" not in config:
+        return title, config
+    training = config["training"] | {"precision": precision}
+    return f"{title}, {precision}", config | {"training": training}
 
 
 def _check(what: str, name: str, known: Any) -> None:

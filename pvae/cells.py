@@ -243,6 +243,7 @@ def _run_config(config: Config, dataset: Dataset) -> dict[str, Any]:
         "lr_schedule": "constant" if is_long else "cosine",
         "patience": None if is_long else 20,
         **{key: training[key] for key in ("batch_size", "lr", "engine")},
+        "precision": training.get("precision", "full"),
     }
 
 
@@ -251,7 +252,7 @@ def _train(
 ) -> Any:
     from pvae.training import fit
 
-    names = ("epochs", "batch_size", "lr", "lr_schedule", "patience", "engine", "seed")
+    names = ("epochs", "batch_size", "lr", "lr_schedule", "patience", "engine", "precision", "seed")
     return fit(
         model, guide, dataset.train_raw, objective=objective, valid=dataset.valid.x,
         preprocess=dataset.preprocess, run_dir=folder, checkpoint_every=None, progress=False,
@@ -268,6 +269,7 @@ def _train_in_segments(
     return fit_in_segments(
         model, guide, dataset, part, objective=objective, rate=board.rate_factor, seed=seed,
         optimizer_options={"eps": training["eps"]}, progress=_say_passes,
+        precision=training.get("precision", "full"),
         **{name: training[name] for name in ("passes", "segment", "lr", "batch_size", "engine")},
     )  # fmt: skip
 

@@ -284,6 +284,9 @@ def _fill_board(parser: _Parser) -> None:
     )
     parser.add_argument("--seeds", type=_whole, metavar="N", default=1, help="of each entry (1)")
     parser.add_argument(
+        "--precision", metavar="P", default="full", help="of VAEs' training: full or bfloat16 (full)"
+    )
+    parser.add_argument(
         "--jobs", type=_whole, metavar="N", help="cells at a time (one for each core)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="where to write (boards/BOARD-SCHEDULE)")

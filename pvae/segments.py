@@ -42,6 +42,7 @@ def fit_in_segments(
     batch_size: int,
     engine: str,
     seed: int,
+    precision: str = "full",
     optimizer_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
@@ -60,6 +61,7 @@ def fit_in_segments(
         batch_size: Data per step.
         engine: As in :func:`pvae.fit`.
         seed: Of order and noise.
+        precision: As in :func:`pvae.fit`.
         optimizer_options: Further arguments of Adam.
         progress: Called with (passes done, passes) after each segment.
 
@@ -82,7 +84,7 @@ def fit_in_segments(
             model, guide, dataset.train_raw, objective=objective, epochs=count,
             batch_size=batch_size, optimizer=optimizer, preprocess=dataset.preprocess,
             lr_schedule=_rate_after(done, steps, rate),
-            engine=engine, seed=mix(seed, done), progress=False,
+            engine=engine, precision=precision, seed=mix(seed, done), progress=False,
         )  # fmt: skip
         for row in part.history:
             whole.history.append(

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import pvae
-from pvae import board, cells, locks, standings, workers
+from pvae import board, cells, locks, runs, standings, workers
 from pvae.cells import Result
 from pvae.cli import main
 from pvae.errors import OptionError, RunError
@@ -119,6 +119,30 @@ def test_rates_of_the_reduced_schedule():
         "passes": 364, "segment": 7, "batch_size": 100, "lr": 1e-3, "eps": 1e-4,
         "engine": "compiled", "num_particles": 5000, "valid_particles": 500,
     }  # fmt: skip
+
+
+def test_a_precision_is_a_cell_of_its_own():
+    """It changes the configuration of VAEs alone, and nothing where it is full."""
+    full, rounded = cell("digits", "vae-elbo"), cell("digits", "vae-elbo", precision="bfloat16")
+    assert cell("digits", "vae-elbo", precision="full") == full
+    assert rounded.title == "VAE, ELBO, bfloat16" and rounded.digest != full.digest
+    assert rounded.config["training"] == {**full.config["training"], "precision": "bfloat16"}
+    density = cell("digits", "bernoulli-mixture", precision="bfloat16")
+    assert density == cell("digits", "bernoulli-mixture")
+    with pytest.raises(OptionError, match="no precision is called 'half'"):
+        cell("digits", "vae-elbo", precision="half")
+
+
+@pytest.mark.parametrize("passes", [{}, {"passes": 1, "segment": 1, "eps": 1e-8}])
+def test_a_cell_trains_in_its_precision(tmp_path, passes):
+    found = {}
+    for precision in ("full", "bfloat16"):
+        folder = tmp_path / precision
+        cells.compute(network(precision=precision, **passes), folder)
+        assert runs.read_config(folder / "run")["precision"] == precision
+        found[precision] = cells.read(folder).log_p
+    gap = (found["full"] - found["bfloat16"]).abs()
+    assert 0 < float(gap.max()) < 0.5
 
 
 def test_steps_become_passes():

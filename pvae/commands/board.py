@@ -40,6 +40,7 @@ def board(arguments: argparse.Namespace) -> None:
         data=arguments.data,
         entries=arguments.cells,
         seeds=arguments.seeds,
+        precision=arguments.precision,
     )
     out = Path(arguments.out or f"boards/{arguments.board}-{arguments.schedule}")
     (out / "cells").mkdir(parents=True, exist_ok=True)
