@@ -284,7 +284,7 @@ def _fill_board(parser: _Parser) -> None:
     )
     parser.add_argument("--seeds", type=_whole, metavar="N", default=1, help="of each entry (1)")
     parser.add_argument(
-        "--precision", metavar="P", default="full", help="of VAEs' training: full or bfloat16 (full)"
+        "--precision", metavar="P", default="full", help="VAEs train in: full or bfloat16 (full)"
     )
     parser.add_argument(
         "--jobs", type=_whole, metavar="N", help="cells at a time (one for each core)"

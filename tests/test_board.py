@@ -125,7 +125,8 @@ def test_a_precision_is_a_cell_of_its_own():
     """It changes the configuration of VAEs alone, and nothing where it is full."""
     full, rounded = cell("digits", "vae-elbo"), cell("digits", "vae-elbo", precision="bfloat16")
     assert cell("digits", "vae-elbo", precision="full") == full
-    assert rounded.title == "VAE, ELBO, bfloat16" and rounded.digest != full.digest
+    assert rounded.title == "VAE, ELBO, bfloat16"
+    assert rounded.digest != full.digest
     assert rounded.config["training"] == {**full.config["training"], "precision": "bfloat16"}
     density = cell("digits", "bernoulli-mixture", precision="bfloat16")
     assert density == cell("digits", "bernoulli-mixture")
