@@ -30,6 +30,7 @@ class LanguageModel(nn.Module):
         embedding: Size of a word's embedding.
         hidden: Width of the LSTM.
         dropout: Share of embeddings and outputs dropped in training.
+        tied: A word's embedding is also its weights in the output layer.
         skip_padding: Compute at words alone: less work by the share of padding, but then a step
             cannot be staged.
     """
@@ -46,12 +47,13 @@ class LanguageModel(nn.Module):
         embedding: int = 128,
         hidden: int = 128,
         dropout: float = 0.0,
+        tied: bool = False,
         skip_padding: bool = True,
     ) -> None:
         super().__init__()
         self.x_dim, self.num_levels, self.skip_padding = x_dim, num_levels, skip_padding
         self.decoder = WordDecoder(
-            num_levels, 0, embedding=embedding, hidden=hidden, dropout=dropout
+            num_levels, 0, embedding=embedding, hidden=hidden, dropout=dropout, tied=tied
         )
         self.register_buffer("prior_loc", torch.zeros(1))
 

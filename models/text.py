@@ -33,6 +33,7 @@ class Text(nn.Module):
         hidden: Width of the LSTM.
         dropout: Share of embeddings and outputs dropped in training.
         word_dropout: Share of the words the decoder reads that training replaces by ``<unk>``.
+        tied: A word's embedding is also its weights in the output layer.
         skip_padding: Compute at words alone: less work by the share of padding, but then a step
             cannot be staged.
     """
@@ -49,6 +50,7 @@ class Text(nn.Module):
         hidden: int = 128,
         dropout: float = 0.0,
         word_dropout: float = 0.0,
+        tied: bool = False,
         skip_padding: bool = True,
     ) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class Text(nn.Module):
         self.skip_padding = skip_padding
         self.decoder = WordDecoder(
             num_levels, z_dim, embedding=embedding, hidden=hidden, dropout=dropout,
-            word_dropout=word_dropout,
+            word_dropout=word_dropout, tied=tied,
         )  # fmt: skip
         self.register_buffer("prior_loc", torch.zeros(z_dim))
 

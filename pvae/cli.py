@@ -148,6 +148,7 @@ def _fill_train(parser: _Parser) -> None:
         parser.add_argument(*names, dest=f"data_{name}", type=str, metavar="S", help=text)
     option("epochs", _whole, "N", "passes over the training data")
     option("batch-size", _whole, "N", "data per step")
+    option("bucket-by", _or_none(str), "HOW", "length: a batch's sentences are about as long")
     option("optimizer", str, "NAME", "one of torch.optim, in small letters")
     option("lr", _real, "RATE", "learning rate")
     option("lr-schedule", str, "NAME", "constant, cosine or linear")

@@ -12,7 +12,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from pvae.errors import OptionError
 from pvae.recurrent import LSTM
@@ -72,6 +72,8 @@ class WordDecoder(nn.Module):
         dropout: Share of the embeddings' and of the LSTM's outputs dropped in training.
         word_dropout: Share of the input words that training replaces by ``<unk>``, so that the
             decoder must look at ``z`` (Bowman et al. 2016).
+        tied: A word's embedding is also its weights in the output layer (Press & Wolf 2017, Using
+            the output embedding to improve language models): fewer numbers to overfit with.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class WordDecoder(nn.Module):
         hidden: int,
         dropout: float = 0.0,
         word_dropout: float = 0.0,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 3:
@@ -98,7 +101,9 @@ class WordDecoder(nn.Module):
         self.initial = nn.Linear(z_dim, 2 * hidden) if z_dim else None
         self.lstm = LSTM(embedding + z_dim, hidden, batch_first=True)
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(hidden, num_classes - 1)  # padding is never predicted
+        others = num_classes - 1  # padding is never predicted
+        self.output = nn.Linear(hidden, embedding if tied else others)
+        self.bias = nn.Parameter(torch.zeros(others)) if tied else None
         nn.init.normal_(self.embedding.weight, std=0.1)
 
     def forward(self, words: Tensor, z: Tensor | None) -> Tensor:
@@ -121,6 +126,13 @@ class WordDecoder(nn.Module):
         output, _ = self.lstm(given.flatten(0, -3), self._first(z.flatten(0, -2)))
         return self.dropout(output).unflatten(0, batch)  # type: ignore[no-any-return]
 
+    def scores(self, known: Tensor) -> Tensor:
+        """Unnormalised log probabilities of all but padding: ``(*, H)`` to ``(*, V - 1)``."""
+        given: Tensor = self.output(known)
+        if self.bias is None:
+            return given
+        return linear(given, self.embedding.weight[1:], self.bias)
+
     def _first(self, z: Tensor) -> tuple[Tensor, Tensor]:
         assert self.initial is not None
         hidden, cell = self.initial(z)[None].chunk(2, -1)
@@ -138,7 +150,7 @@ class WordDecoder(nn.Module):
             temperature: See :func:`choose`.
             top_p: Likewise.
         """
-        device = self.output.weight.device
+        device = self.embedding.weight.device
         word = torch.full((size,), END, device=device)
         running = torch.ones(size, dtype=torch.bool, device=device)
         state = None if z is None else self._first(z)
@@ -147,7 +159,7 @@ class WordDecoder(nn.Module):
             given = self.embedding(word)
             given = given if z is None else torch.cat([given, z], -1)
             output, state = self.lstm(given[:, None], state)
-            word = 1 + choose(self.output(output[:, 0]), temperature, top_p)
+            word = 1 + choose(self.scores(output[:, 0]), temperature, top_p)
             written.append(word.masked_fill(~running, PADDING))
             running = running & (word != END)
         return torch.stack(written, -1)
@@ -223,7 +235,7 @@ class Sentences(TorchDistribution):  # type: ignore[misc]
         targets = (words - 1).clamp(min=0).expand(known.shape[:-1]).flatten()
         rows = max(1, _MAX_LOGITS // self.decoder.num_classes)
         pieces = [
-            -cross_entropy(self.decoder.output(part), target, reduction="none")
+            -cross_entropy(self.decoder.scores(part), target, reduction="none")
             for part, target in zip(
                 torch.split(known.flatten(0, -2), rows), torch.split(targets, rows), strict=True
             )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import pvae
+from pvae.cli import main
 from pvae.guides.exact import Exact
 from pvae.guides.text import TextEncoder
 from pvae.models.language_model import LanguageModel
@@ -37,7 +39,7 @@ def text_pair(encoder="convolutional", **options):
 
 def language_model(num_levels=VOCABULARY, **options):
     torch.manual_seed(2)
-    model = LanguageModel(LENGTH, num_levels=num_levels, embedding=4, hidden=5, dropout=0.0)
+    model = LanguageModel(LENGTH, num_levels=num_levels, embedding=4, hidden=5, **options)
     return model.double()
 
 
@@ -60,9 +62,10 @@ def language(num_levels: int, length: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("skip_padding", [True, False])
-def test_probabilities_of_a_tiny_language_sum_to_one(skip_padding):
-    model = language_model(num_levels=5)
+def test_probabilities_of_a_tiny_language_sum_to_one(skip_padding, tied):
+    model = language_model(num_levels=5, tied=tied)
     model.skip_padding = skip_padding
     every = language(5, 4)
     assert len(every) == sum(3**n for n in range(5))
@@ -71,6 +74,20 @@ def test_probabilities_of_a_tiny_language_sum_to_one(skip_padding):
     z = torch.randn(2, 1, 3, dtype=torch.float64)
     table = Sentences(text.decoder, z.expand(2, len(language(9, 2)), 3), len(language(9, 2)), 2)
     assert torch.allclose(table.log_prob(language(9, 2)).logsumexp(-1), torch.zeros(2).double())
+
+
+def test_tied_words_have_one_vector_each():
+    """The output layer scores a word by its embedding, and both uses move it."""
+    tied, apart = language_model(tied=True), language_model()
+    fewer = sum(p.numel() for p in apart.parameters()) - sum(p.numel() for p in tied.parameters())
+    assert fewer == (VOCABULARY - 1) * 5 - 5 * 4 - 4
+    decoder, x = tied.decoder, sentences(6, 3)
+    given = decoder.output(decoder(x, None))
+    expected = given @ decoder.embedding.weight[1:].T + decoder.bias
+    chosen = expected.log_softmax(-1).gather(-1, (x - 1).clamp(min=0)[..., None])[..., 0]
+    assert torch.allclose(tied.log_evidence(x), (chosen * (x != 0)).sum(-1), atol=1e-12)
+    tied.log_evidence(x[:1, :1]).sum().backward()  # the word read is the end alone
+    assert (decoder.embedding.weight.grad[1:].abs().sum(-1) > 0).all()
 
 
 def test_padding_that_is_predicted_is_caught(monkeypatch):
@@ -296,3 +313,36 @@ def test_a_word_outside_the_vocabulary_is_refused():
     with pytest.raises(pvae.PvaeError) as caught:
         pvae.draw(model, guide, x)
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_trains_on_batches_of_like_length(tmp_path, capsys, monkeypatch):
+    """And goes on with such a run; data without lengths are refused before anything is written."""
+    lines = [" ".join("abcdefgh"[: 1 + n % 8]) for n in range(80)]
+    (tmp_path / "words.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    size = ["--model.hidden", "6", "--model.embedding", "6", "--model.tied", "true"]
+    train = ["train", "language-model", "--guide", "exact", "--batch-size", "8", "--lr", "0.01"]
+    spread = []
+    kept = Sentences.log_prob
+
+    def look(self, value):
+        if self.decoder.training:
+            spread.append(int(num_words(value).max() - num_words(value).min()))
+        return kept(self, value)
+
+    monkeypatch.setattr(Sentences, "log_prob", look)
+    for bucket in ([], ["--bucket-by", "length"]):
+        spread.clear()
+        assert main([*train, *size, "--data", "words.txt", "--epochs", "2", *bucket]) == 0
+        mean = sum(spread) / len(spread)
+        assert (mean < 3) == bool(bucket), spread
+    run = "runs/language-model-words-2"
+    assert main(["train", "--resume", run, "--epochs", "3"]) == 0
+    assert main(["train", "--resume", run, "--epochs", "4", "--bucket-by", "none"]) == 66
+    assert "bucket_by" in capsys.readouterr().err
+    assert main(["train", "vae", "--data", "digits", "--bucket-by", "length"]) == 2
+    assert "is for sentences, and digits has none" in capsys.readouterr().err
+    assert main([*train, "--data", "words.txt", "--bucket-by", "size"]) == 2
+    assert sorted(path.name for path in Path("runs").iterdir() if path.name[0] != ".") == [
+        "language-model-words-1", "language-model-words-2",
+    ]  # fmt: skip

@@ -30,7 +30,7 @@ __all__ = ["OF_BOUNDS", "check", "resume", "train"]
 # Options of a training by a bound, of which a game has nothing or its own.
 OF_BOUNDS = (
     "objective", "optimizer", "lr", "lr_schedule", "clip_norm", "alternate", "patience", "parts",
-    "engine", "precision", "on_nan", "labels",
+    "engine", "precision", "on_nan", "labels", "bucket_by",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ DEFAULTS: Mapping[str, Any] = {
     "data_unreadable": "stop",
     "epochs": 150,
     "batch_size": 64,
+    "bucket_by": None,
     "optimizer": "adam",
     "lr": 2e-3,
     "lr_schedule": "cosine",
@@ -47,6 +48,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 _LATER = (
     "alternate",
+    "bucket_by",
     "checkpoint_every",
     "keep_checkpoints",
     "data_size",

@@ -117,7 +117,11 @@ def test_batch(model: Any, dataset: Dataset, count: int) -> Any:
 
 
 def training_data(config: dict[str, Any], model: Any, dataset: Dataset) -> dict[str, Any]:
-    """``train``, ``valid`` and ``preprocess`` as :func:`pvae.fit` takes them."""
+    """``train``, ``valid``, ``preprocess`` and ``bucket_by`` as :func:`pvae.fit` takes them.
+
+    Raises:
+        OptionError: The rows have no lengths, or there are not as many labels as are kept.
+    """
     labels = dataset.train.labels
     if labels is not None:
         labels = keep_labels(labels, config["labels"])
@@ -125,7 +129,21 @@ def training_data(config: dict[str, Any], model: Any, dataset: Dataset) -> dict[
     if train is not dataset.train_raw and preprocess is not None:
         preprocess = _of_first(preprocess)
     valid = batch_for(model, dataset.valid.x, dataset.valid.labels)
-    return {"train": train, "valid": valid, "preprocess": preprocess}
+    lengths = _lengths(config["bucket_by"], dataset)
+    return {"train": train, "valid": valid, "preprocess": preprocess, "bucket_by": lengths}
+
+
+def _lengths(bucket_by: str | None, dataset: Dataset) -> Tensor | None:
+    """Of the training rows, for batches of like ones: ``(N,)``, or ``None``."""
+    if bucket_by is None:
+        return None
+    if bucket_by != "length":
+        raise OptionError(f"bucket_by is 'length' or none, got {bucket_by!r}")
+    if dataset.vocabulary is None:
+        raise OptionError(f"bucket_by=length is for sentences, and {dataset.name} has none")
+    from pvae.sentences import num_words
+
+    return num_words(dataset.train_raw)
 
 
 def _of_first(preprocess: Callable[[Any], Any]) -> Callable[[Any], Any]:
