@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -16,6 +16,8 @@ import torch
 from pyro.params import param_with_module_name
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from pvae.bounds import RenyiBound, check_bound, elbo
 from pvae.errors import ObjectiveError
@@ -201,15 +203,21 @@ class Objective:
             self.penalty.start(sites)
         if self.gradient.learns:
             self.gradient.start(glance(model, guide, batch, layout))
-        module = module_of(guide)
-        if self.gradient.rescores and len(layout.event_dims) > 1 and module is not None:
-            for name, part in module.named_modules():
-                if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p > 0:
-                    raise ObjectiveError(
-                        f"{self.gradient!r} weighs a guide of several sites twice, and dropout "
-                        f"({name!r}) would differ between the two: use gradient=pathwise"
-                    )
+        if self.gradient.rescores and len(layout.event_dims) > 1:
+            self._refuse_layers(guide, "weighs a guide of several sites twice", _Dropout)
+        if self.gradient.reruns:
+            self._refuse_layers(model, "runs the model twice", _Dropout, _BatchNorm)
         return layout
+
+    def _refuse_layers(self, program: Any, why: str, *kinds: type) -> None:
+        """Layers whose outputs would differ between two runs."""
+        module = module_of(program)
+        for name, part in () if module is None else module.named_modules():
+            if isinstance(part, kinds) and getattr(part, "p", 1.0) > 0:
+                raise ObjectiveError(
+                    f"{self.gradient!r} {why}, and {type(part).__name__} ({name!r}) would differ "
+                    "between the two: use gradient=pathwise"
+                )
 
     def _check_weight_of_dreams(self, model: Any, guide: Any, batch: Any, layout: Layout) -> None:
         """A guide that never draws what the model dreams of would learn from minus infinity."""
@@ -300,6 +308,10 @@ class Objective:
         return value
 
     def _surrogate(self, particles: Particles, layout: Layout, beta: Any) -> Tensor:
+        weight = None
+        if (chosen := particles.chosen) is not None:
+            weight, own = chosen.weight, ("log_p", "log_q", "score")
+            particles = replace(particles, **{name: getattr(chosen, name) for name in own})
         log_q = _scaled(particles, "q", particles.log_q)
         held = self._held(particles)
         if particles.kl is not None or self._term is not None:
@@ -316,6 +328,7 @@ class Objective:
             dreams=particles.dreams,
             relaxed=particles.relaxed,
             sites=particles.sites,
+            weight=weight,
         )
         return self.gradient.surrogate(self.bound, terms, beta, particles.gate)
 

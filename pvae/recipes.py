@@ -48,6 +48,7 @@ __all__ = [
     "renyi_vae",
     "rebar",
     "relax",
+    "resampled_iwae",
     "rws",
     "stl",
     "tvo",
@@ -78,6 +79,26 @@ def dreg(num_particles: int = 50, **options: Any) -> Objective:
     return Objective(
         bound=iw_elbo, gradient=doubly_reparameterized, num_particles=num_particles, **options
     )
+
+
+def resampled_iwae(
+    kept: int = 1,
+    doubly: bool = False,  # noqa: FBT001, FBT002
+    num_particles: int = 50,
+    **options: Any,
+) -> Objective:
+    """The IW-ELBO differentiated at ``kept`` particles, by their weights (Burda et al. 2016).
+
+    K forward passes of the model and ``kept`` backward ones; unbiased, and noisier than ``iwae``.
+
+    Args:
+        kept: Particles of each datum that are differentiated.
+        doubly: Whether the guide's gradient is that of ``dreg``.
+        num_particles: K.
+        options: Further arguments of :class:`pvae.Objective`.
+    """
+    gradient = gradients.resampled(kept, doubly=doubly)
+    return Objective(bound=iw_elbo, gradient=gradient, num_particles=num_particles, **options)
 
 
 def vimco(num_particles: int = 50, **options: Any) -> Objective:

@@ -34,6 +34,7 @@ OBJECTIVES = {
     "renyi": pvae.Objective(bound=pvae.bounds.renyi(0.5), num_particles=3),
     "dreg": pvae.dreg(4),
     "stl": pvae.stl(2),
+    "resampled": pvae.recipes.resampled_iwae(2, doubly=True, num_particles=5),
     "score function": pvae.Objective(gradient=score_function, num_particles=3),
     "free bits": pvae.vae(free_bits=0.5),
 }
@@ -265,7 +266,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["elbo", "iwae", "dreg", "stl", "score function"])
+@pytest.mark.parametrize("name", ["elbo", "iwae", "dreg", "stl", "resampled", "score function"])
 def test_compiled_equals_eager_for_every_gradient(name):
     eager = take_steps(Eager(make_problem(objective=OBJECTIVES[name])))
     step = Staged(make_problem(objective=OBJECTIVES[name]), torch.arange(10), compiled=True)

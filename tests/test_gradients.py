@@ -30,10 +30,12 @@ from torch import nn
 import pvae
 from pvae.bounds import elbo, iw_elbo, renyi
 from pvae.gradients import (
+    Resampled,
     ScoreFunction,
     doubly_reparameterized,
     mixed,
     pathwise,
+    resampled,
     score_function,
     stick_the_landing,
 )
@@ -77,6 +79,8 @@ def test_unbiased_on_discrete_sites(pair, bound, gradient, beta):
         (iw_elbo, pathwise),
         (iw_elbo, doubly_reparameterized),
         (iw_elbo, score_function),
+        (iw_elbo, resampled(2)),
+        (iw_elbo, resampled(1, doubly=True)),
     ],
     ids=repr,
 )
@@ -192,6 +196,89 @@ def test_dreg_is_quieter_than_pathwise(pair, bound):
     names = pair.guide_values
     quiet = spread(pair, names, bound=bound, gradient=doubly_reparameterized)
     assert quiet < 0.8 * spread(pair, names, bound=bound, gradient=pathwise)
+
+
+@pytest.mark.parametrize("doubly", [False, True])
+@pytest.mark.parametrize(
+    ("pair", "kept"), [(OneSite(), 1), (OneSite(), 2), (TwoSites(), 1)], ids=lambda p: repr(p)[:9]
+)
+def test_resampled_gradients_are_unbiased(pair, kept, doubly):
+    assert gradient_bias(pair, iw_elbo, resampled(kept, doubly=doubly)) < SE
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda log_weights: torch.zeros_like(log_weights),  # any particle as well as another
+        lambda log_weights: 2 * log_weights,
+    ],
+)
+def test_particles_drawn_by_other_weights_are_caught(weights, monkeypatch):
+    chosen = Resampled._choose
+    monkeypatch.setattr(Resampled, "_choose", lambda self, w: chosen(self, weights(w)))
+    assert gradient_bias(OneSite(), iw_elbo, resampled()) > 2 * SE
+
+
+@pytest.mark.parametrize("kept", [1, 3, 8])
+def test_kept_particles_are_drawn_systematically(kept):
+    """Particle k is kept ``n v_k`` times, up to one, and that often on average."""
+    torch.manual_seed(0)
+    log_weights = torch.randn(8, 1, dtype=torch.float64).expand(8, 40_000)
+    index = resampled(kept)._choose(log_weights)
+    times = torch.nn.functional.one_hot(index, 8).sum(0).double()  # (B, K)
+    wanted = kept * log_weights[:, 0].softmax(0)
+    assert ((times - wanted).abs() < 1).all()
+    error = (wanted % 1 * (1 - wanted % 1) / len(times)).sqrt()
+    assert ((times.mean(0) - wanted).abs() <= SE * error + 1e-12).all()
+
+
+def test_resampling_adds_noise_and_more_particles_or_dreg_take_it_off():
+    names = OneSite().guide_values
+    full = spread(OneSite(), names, bound=iw_elbo, gradient=pathwise)
+    one = spread(OneSite(), names, bound=iw_elbo, gradient=resampled(1))
+    two = spread(OneSite(), names, bound=iw_elbo, gradient=resampled(2))
+    doubly = spread(OneSite(), names, bound=iw_elbo, gradient=resampled(1, doubly=True))
+    assert full < two < one
+    assert doubly < 0.8 * one
+
+
+def test_a_doubly_resampled_gradient_vanishes_at_the_posterior():
+    assert guide_gradient(pvae.recipes.resampled_iwae(2, doubly=True, num_particles=7)) < IDENTITY
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: resampled(0), "at least 1"),
+        (lambda: pvae.Objective(gradient=resampled(), num_particles=4), "bound=iw_elbo"),
+        (lambda: pvae.recipes.resampled_iwae(4, num_particles=4), "fewer particles"),
+        (lambda: pvae.recipes.resampled_iwae(beta=0.5), "leave beta"),
+        (lambda: pvae.recipes.resampled_iwae(free_bits=0.5), "bound=elbo"),
+    ],
+)
+def test_what_cannot_be_resampled_is_refused(build, match):
+    with pytest.raises(pvae.PvaeError, match=match):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "match"),
+    [
+        (nn.Dropout(0.1), {}, "Dropout.*would differ"),
+        (nn.BatchNorm1d(3), {}, "BatchNorm1d.*would differ"),
+        (nn.Dropout(0.0), {"vectorize": False}, "vectorize=False"),
+        (nn.Dropout(0.0), {}, None),
+    ],
+)
+def test_a_model_that_is_run_twice_is_the_same_both_times(layer, options, match):
+    model, x = linear_gaussian(8)
+    model.layer = layer
+    objective = pvae.recipes.resampled_iwae(num_particles=4, **options)
+    if match is None:
+        objective.prepare(model, AffineGuide().double(), x)
+        return
+    with pytest.raises(pvae.PvaeError, match=match):
+        objective.prepare(model, AffineGuide().double(), x)
 
 
 class NoBaseline(ScoreFunction):

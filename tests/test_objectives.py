@@ -583,7 +583,7 @@ def two_site_model(x):
             pvae.stl(),
             two_site_model,
             DropoutGuide("a", "b"),
-            ["dropout", "'drop'", "gradient=pathwise"],
+            ["Dropout", "'drop'", "gradient=pathwise"],
         ),
     ],
 )

@@ -22,6 +22,7 @@ from pvae.gradients.paths import (
 )
 from pvae.gradients.protocol import Gradient, Terms
 from pvae.gradients.relaxed import Rebar, Relax, rebar, relax
+from pvae.gradients.resampling import Resampled, resampled
 from pvae.gradients.scores import (
     Covariance,
     ScoreFunction,
@@ -47,6 +48,7 @@ __all__ = [
     "Pathwise",
     "Rebar",
     "Relax",
+    "Resampled",
     "ScoreFunction",
     "StickTheLanding",
     "Terms",
@@ -61,6 +63,7 @@ __all__ = [
     "pathwise",
     "rebar",
     "relax",
+    "resampled",
     "score_function",
     "sleep_phi",
     "stick_the_landing",

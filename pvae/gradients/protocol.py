@@ -31,6 +31,8 @@ class Terms:
             for.
         relaxed: The model at relaxed draws, for control variates. ``None`` unless asked for.
         sites: Local latent site -> draws, posterior and prior. ``None`` unless asked for.
+        weight: Share of each particle in the weights of all K, where only some were kept: the
+            terms are theirs, ``(n, B)``. ``None`` otherwise.
     """
 
     log_joint: Tensor
@@ -40,6 +42,7 @@ class Terms:
     dreams: Tensor | None = None
     relaxed: Relaxed | None = None
     sites: Mapping[str, LatentSite] | None = None
+    weight: Tensor | None = None
 
 
 class Gradient:
@@ -50,12 +53,14 @@ class Gradient:
         tempers: Whether it takes a KL weight other than one.
         weighs: Whether it looks at the weights themselves, beyond the bound's derivative.
         rescores: Whether the guide is weighed a second time with its draws held fixed.
+        reruns: Whether the model is run a second time at some of the draws.
     """
 
     has_path: ClassVar[bool] = True
     tempers: ClassVar[bool] = True
     weighs: ClassVar[bool] = False
     rescores: ClassVar[bool] = False
+    reruns: ClassVar[bool] = False
 
     @property
     def dreams(self) -> bool:

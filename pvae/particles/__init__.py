@@ -18,6 +18,7 @@ datum's bound and never enter a logarithm. Its modules, each importing only from
     programs       one program's draws, densities and distributions
     simulation     data drawn in a batch's form; dreams
     weighing       two traces become particles
+    choosing       a few particles of each datum, weighed with their gradients
     drawing        a pair run on a batch, every step
     unconstrained  latents as one flat vector of free numbers
     generation     data a model draws by itself, with their exact posterior draws
@@ -44,6 +45,7 @@ from pvae.particles.simulation import check_dreams, sample_observed, simulate
 from pvae.particles.supports import base_family, check_support, support_of
 from pvae.particles.types import (
     Batch,
+    Chosen,
     Gate,
     LatentSite,
     Layout,
@@ -59,6 +61,7 @@ from pvae.particles.unconstrained import check_continuous, path_ends, unconstrai
 
 __all__ = [
     "Batch",
+    "Chosen",
     "Gate",
     "LatentSite",
     "Layout",

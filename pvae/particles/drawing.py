@@ -14,6 +14,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pvae.errors import ProgramError
+from pvae.particles.choosing import weigh_chosen
 from pvae.particles.densities import local_terms, node_term, node_terms
 from pvae.particles.inspection import inspect
 from pvae.particles.plates import count_data
@@ -47,6 +48,7 @@ def draw(
     dream: bool = False,
     sites: bool = False,
     relax: Callable[[Any, Tensor], tuple[Tensor, Tensor, Any]] | None = None,
+    choose: Callable[[Tensor], Tensor] | None = None,
     gate: Gate | None = None,
     layout: Layout | None = None,
     data_plate: str | None = None,
@@ -71,6 +73,8 @@ def draw(
         relax: Gets the distribution and the draws of a guide's only site and gives the relaxed
             draws held fixed, the path to their parameters, and a function of a distribution and
             them, its log density made continuous (see :class:`Relaxed`).
+        choose: Gets the log weights ``(K, B)``, held fixed, and gives the numbers of the particles
+            to keep, ``(n, B)``: the model is differentiated at these alone (see :class:`Chosen`).
         gate: Passed through on the way from the draws into the model (see :class:`Gate`).
         layout: What :func:`inspect` found for this pair; spares looking, and the checks.
         data_plate: Name of the plate that indexes the data, where several could.
@@ -90,6 +94,7 @@ def draw(
     one_pass = functools.partial(
         _draw, model, guide, batch, layout,
         score=score, detach=detach, analytic_kl=analytic_kl, sites=sites, relax=relax,
+        choose=choose,
     )  # fmt: skip
     if layout.vectorize:
         particles = one_pass(num_particles, gate=gate)
@@ -117,10 +122,16 @@ def _draw(
     analytic_kl: bool,
     sites: bool,
     relax: Callable[[Any, Tensor], tuple[Tensor, Tensor, Any]] | None,
+    choose: Callable[[Tensor], Tensor] | None,
     gate: Gate | None,
 ) -> Particles:
     """One pass through both programs; without a particle dimension if not ``layout.vectorize``."""
     guide_trace = run_guide(guide, batch, num_particles, layout, detach=detach)
+    if choose is not None:
+        held = _score(guide, batch, guide_trace, layout, num_particles) if score else None
+        return weigh_chosen(
+            model, batch, guide_trace, layout, num_particles, choose, score=held, gate=gate
+        )
     values = values_to_replay(guide_trace)
     replayed = values
     if gate is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "Batch",
+    "Chosen",
     "Gate",
     "LatentSite",
     "Layout",
@@ -53,6 +54,8 @@ class Particles:
         gate: Scales the gradient that flows from the model into the draws, where one was asked for.
         sites: Local latent site -> its draws, posterior and prior. Only with ``draw(sites=True)``.
         relaxed: The model weighed once more, at relaxed draws. Only with ``draw(relax=...)``.
+        chosen: A few particles of each datum; those above have no gradients then. Only with
+            ``draw(choose=...)``.
     """
 
     values: dict[str, Tensor]
@@ -71,6 +74,7 @@ class Particles:
     gate: Gate | None = None
     sites: dict[str, LatentSite] | None = None
     relaxed: Relaxed | None = None
+    chosen: Chosen | None = None
 
     @property
     def log_weights(self) -> Tensor:
@@ -102,6 +106,23 @@ class Particles:
         """``(K, B)``."""
         num_particles, num_data = next(iter(self.log_p.values())).shape
         return num_particles, num_data
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """n of each datum's K particles, weighed once more with their gradients.
+
+    Attributes:
+        log_p: As :attr:`Particles.log_p`, ``(n, B)``.
+        log_q: As :attr:`Particles.log_q`, ``(n, B)``.
+        score: As :attr:`Particles.score`, ``(n, B)``.
+        weight: Share of each in the weights of all K, ``(n, B)``, held fixed.
+    """
+
+    log_p: dict[str, Tensor]
+    log_q: dict[str, Tensor]
+    score: dict[str, Tensor] | None
+    weight: Tensor
 
 
 @dataclass(frozen=True)
