@@ -22,11 +22,11 @@ from programs import (
 )
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import nn
 
 import pvae
-from pvae.errors import DataError, ProgramError
+from pvae.errors import DataError, ObjectiveError, ProgramError
 from pvae.particles import (
     Gate,
     inspect,
@@ -186,10 +186,23 @@ def test_guide_needs_no_plate(x):
     def guide(x):
         pyro.sample("z", normal(0.3 * x[:, :2], 0.7))
 
-    torch.manual_seed(0)
-    without = pvae.draw(plain_model, guide, x, K).log_weights
-    torch.manual_seed(0)
-    assert torch.equal(without, pvae.draw(plain_model, plain_guide, x, K).log_weights)
+    for rows in (B, 1):
+        torch.manual_seed(0)
+        without = pvae.draw(plain_model, guide, x[:rows], K).log_weights
+        torch.manual_seed(0)
+        assert torch.equal(without, pvae.draw(plain_model, plain_guide, x[:rows], K).log_weights)
+
+
+@pytest.mark.parametrize("rows", [B, 1])
+def test_auxiliary_site_needs_no_plate(x, rows):
+    def guide(x):
+        u = pyro.sample("u", normal(x[:, :2]), infer={"is_auxiliary": True})
+        pyro.sample("z", dist.Delta(u).to_event(1))
+
+    particles = pvae.draw(plain_model, guide, x[:rows], K)
+    assert set(particles.log_q) == {"u", "z"}
+    z = particles.values["z"]
+    torch.testing.assert_close(sum_terms(particles.log_q), normal(x[:rows, :2]).log_prob(z))
 
 
 def test_auxiliary_sites_count_with_log_q(x):
@@ -692,6 +705,20 @@ def test_auto_normal_is_a_guide(x, options):
     assert our_loss(plain_model, guide, x, **options) == pytest.approx(
         trace_elbo(plain_model, guide, x), abs=IDENTITY
     )
+
+
+def test_joint_auto_guide_shares_its_density_among_all_data(x):
+    """It is one site for all local latents: no datum has a weight of its own."""
+    guide = AutoDiagonalNormal(plain_model)
+    guide(x)
+    guide.double()
+    assert our_loss(plain_model, guide, x) == pytest.approx(
+        trace_elbo(plain_model, guide, x), abs=IDENTITY
+    )
+    with pytest.raises(ObjectiveError, match=r"'_AutoDiagonalNormal_latent' is shared by all data"):
+        pvae.iwae(K)(plain_model, guide, x)
+    with pytest.raises(ProgramError, match=r"'_AutoDiagonalNormal_latent' is shared by all data"):
+        pvae.evidence.importance(plain_model, guide, x, num_particles=K)
 
 
 def test_module_is_found_through_handlers_and_partials():

@@ -60,8 +60,8 @@ def sum_inner_plates(log_prob: Tensor, layout: Layout, num_particles: int, num_d
 
 
 def _is_local(name: str, node: Any, log_prob: Tensor, layout: Layout, num_data: int) -> bool:
-    if name in layout.globals:
-        return False
+    if name in layout.event_dims:  # drawn by the guide: told once, where a row was no broadcast
+        return name not in layout.globals
     if any(frame.dim == layout.data_dim for frame in plate_frames(node)):
         return True
     return log_prob.dim() >= -layout.data_dim and log_prob.shape[layout.data_dim] == num_data > 1

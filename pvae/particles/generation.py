@@ -57,7 +57,8 @@ def generate(
         batch = with_entries(example, {k: trace.nodes[n]["value"] for n, k in observed.items()})
     layout = inspect(model, guide, batch, data_plate=data_plate, vectorize=vectorize)
     sites = random_nodes(trace)
-    values = {n: _one_particle(sites[n], layout) for n in (*layout.latents, *layout.globals)}
+    latents = [n for n in (*layout.latents, *layout.globals) if n in sites]
+    values = {n: _one_particle(sites[n], layout) for n in latents}
     drawn = sum_terms(local_terms(node_terms(sites, layout, 1, leading_size(batch))))
     _refuse_other_density(drawn, log_joint(model, batch, values, 1, layout))
     return batch, values, layout

@@ -74,10 +74,21 @@ def _find_layout(
     local = [
         n for n, node in latents.items() if any(f.name in data_plates for f in plate_frames(node))
     ]
-    drawn = [n for n in latent_nodes(guide_trace) if n in latents]
+    guide_sites = latent_nodes(guide_trace)
+    drawn = [n for n in guide_sites if n in latents]
+    rows = next(
+        frame.size
+        for node in observed_nodes(model_trace).values()
+        for frame in plate_frames(node)
+        if frame.name in data_plates
+    )
+    shared = [n for n in latents if n not in local] + [
+        n for n, node in guide_sites.items()
+        if n not in latents and not _has_rows(node["fn"].batch_shape, data_dim, rows)
+    ]  # fmt: skip
     score_sites = {
         n: type(base_family(node["fn"])).__name__
-        for n, node in latent_nodes(guide_trace).items()
+        for n, node in guide_sites.items()
         if not node["fn"].has_rsample
     }
     observed = observed_nodes(model_trace)
@@ -86,12 +97,17 @@ def _find_layout(
         data_dim=data_dim,
         data_plates=data_plates,
         latents=tuple(local),
-        globals=tuple(n for n in latents if n not in local),
+        globals=tuple(shared),
         observed=tuple(observed),
         entries=observed_keys(observed, batch),
         score_sites=score_sites,
         supports=observed_supports(observed, batch),
         in_order=drawn == list(latents),
         vectorize=vectorize,
-        event_dims={n: node["fn"].event_dim for n, node in latent_nodes(guide_trace).items()},
+        event_dims={n: node["fn"].event_dim for n, node in guide_sites.items()},
     )
+
+
+def _has_rows(batch_shape: Any, data_dim: int, rows: int) -> bool:
+    """Whether a site has one value for each datum; a guide need not say it by a plate."""
+    return len(batch_shape) >= -data_dim and batch_shape[data_dim] == rows

@@ -166,7 +166,7 @@ class Layout:
         data_dim: Batch dimension of the data plate, usually -1.
         data_plates: Its names; a global site may have a plate of its own at the same dimension.
         latents: Latent sites inside the data plate, in the model's order.
-        globals: Latent sites outside it.
+        globals: Latent sites outside it, and sites of the guide's own there (a joint autoguide's).
         observed: Observed sites.
         entries: Observed site -> key of the batch's tensor that it observes, where it is one.
         score_sites: Guide sites without a pathwise derivative (discrete ones), name -> family.
@@ -174,7 +174,7 @@ class Layout:
             that tensor itself.
         in_order: Whether guide and model draw the latent sites in the same order.
         vectorize: Whether the programs take all particles at once.
-        event_dims: Latent site -> number of event dimensions.
+        event_dims: Guide site -> number of event dimensions.
     """
 
     particle_dim: int
