@@ -411,6 +411,28 @@ def test_masked_cells_may_hold_anything(family, bad, good):
     assert torch.autograd.grad(likelihood.sum(), p)[0].isfinite()
 
 
+@pytest.mark.parametrize("bad", [1.0, math.nan], ids=str)
+def test_masked_one_hot_rows_may_hold_anything(bad):
+    """Zeros are not within its support, and a row that is masked out is judged like any other."""
+    ok = torch.tensor([True, False, True])
+    labels = torch.eye(3, dtype=torch.float64)
+    labels[1] = bad
+
+    def model(labels):
+        with pyro.plate("data", len(labels), dim=-1):
+            z = pyro.sample("z", normal(labels.new_zeros(3)))
+            with poutine.mask(mask=ok):
+                pyro.sample("y", dist.OneHotCategorical(logits=z), obs=labels)
+
+    def guide(labels):
+        with pyro.plate("data", len(labels), dim=-1):
+            pyro.sample("z", normal(labels.new_zeros(3)))
+
+    particles = pvae.draw(model, guide, labels, K)
+    by_hand = particles.values["z"].log_softmax(-1)[:, [0, 1, 2], [0, 1, 2]] * ok
+    torch.testing.assert_close(particles.log_p["y"], by_hand)
+
+
 def test_obs_mask_makes_a_latent_site_of_what_is_missing():
     data = torch.randn(B, dtype=torch.float64)
     ok = torch.tensor([True, False, True, True, False])

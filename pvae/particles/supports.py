@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 
 from pvae.errors import DataError
@@ -57,6 +58,10 @@ def in_words(support: Any) -> str:
 def values_inside(support: Any, value: Tensor) -> Tensor:
     """Values inside a support, of the shape of ``value``; ``value`` itself where none is known."""
     unit = unit_support(support)
+    if unit is constraints.one_hot:
+        first = torch.zeros_like(value)
+        first[..., 0] = 1
+        return first
     if getattr(unit, "is_discrete", False):
         return torch.zeros_like(value) + getattr(unit, "lower_bound", 0)
     try:
