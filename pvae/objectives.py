@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -260,6 +260,13 @@ class Objective:
         weighs = not self.additive or self.gradient.weighs
         if particles.relative_scale and weighs:
             role, site = next(iter(particles.relative_scale))
+            if (role, site) in particles.inner_scale:
+                raise ObjectiveError(
+                    f"site {site!r} is in a plate that picks a part of each datum, which "
+                    f"{self.bound!r} with {self.gradient!r} cannot make up for outside a "
+                    "logarithm: use bound=elbo with another gradient, or let the plate span all "
+                    "of it"
+                )
             raise ObjectiveError(
                 f"site {site!r} has a poutine.scale of its own, which {self.bound!r} with "
                 f"{self.gradient!r} cannot honour outside a logarithm: use beta= for a KL weight, "
@@ -269,8 +276,9 @@ class Objective:
         surrogate = self._surrogate(particles, layout, beta)
         steered = self.kl_term is not None and self.kl_term.steers
         quoted = self._quoted(particles, 1.0 if steered else beta)
-        kl = self._site_kl(particles, particles.log_q)
-        reconstruction = particles.log_likelihood.mean(0)
+        inner = particles.inner_scale
+        kl = _times(inner, "q", self._site_kl(particles, particles.log_q))
+        reconstruction = sum_terms(_times(inner, "p", particles.likelihood)).mean(0)
         total_kl = sum_terms(kl).mean(0)
         per_datum = (factor * surrogate).mean() + self._globals(particles, beta, num_data)
         value = (factor * quoted).mean() + self._globals(particles, beta, num_data)
@@ -421,10 +429,15 @@ def _relative(scale: Any, plate_scale: float) -> Any:
 
 def _scaled(particles: Particles, role: str, terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Terms times their own factor where it differs from the common one."""
-    if not particles.relative_scale:
+    return _times(particles.relative_scale, role, terms)
+
+
+def _times(
+    factors: Mapping[tuple[str, str], Any], role: str, terms: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    if not factors:
         return terms
-    ratio = particles.relative_scale
-    return {n: t * ratio[role, n] if (role, n) in ratio else t for n, t in terms.items()}
+    return {n: t * factors[role, n] if (role, n) in factors else t for n, t in terms.items()}
 
 
 @dataclass(frozen=True)

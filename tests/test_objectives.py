@@ -175,6 +175,37 @@ def test_masked_kl_counts_nothing():
     assert ours == pytest.approx(pyro_loss(TraceMeanField_ELBO(), model, guide, x), abs=IDENTITY)
 
 
+@pytest.mark.parametrize(
+    ("of_model", "of_guide"),
+    [(False, False), (torch.tensor([True, False, True]), True), (True, False)],
+    ids=["neither", "model in part", "guide not"],
+)
+def test_masks_of_model_and_guide_each_count(of_model, of_guide):
+    """The closed form holds where both sites count; elsewhere the KL is that of the draws."""
+
+    def model(x):
+        with pyro.plate("data", 3, dim=-1):
+            with poutine.mask(mask=of_model):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 3, dim=-1), poutine.mask(mask=of_guide):
+            pyro.sample("z", dist.Normal(x, 0.5))
+
+    x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    closed = evaluated(pvae.vae(20_000, analytic_kl=True), model, guide, x)
+    drawn = evaluated(pvae.vae(20_000), model, guide, x)
+    noise = drawn.particles.log_weights.std(0) / 20_000**0.5
+    assert bool(((closed.kl - drawn.kl).abs() <= SE * noise).all())
+
+
+def test_scale_of_the_likelihood_alone_is_in_the_quoted_bound(pair):
+    model, guide, x = pair
+    loss = evaluated(pvae.vae(2), scaled(model, x=0.3), guide, x)
+    assert loss.loss.item() == pytest.approx(-loss.bound.mean().item(), abs=IDENTITY)
+
+
 def test_free_bits_leave_cheap_sites_alone(pair):
     model, guide, x = pair
     with torch.no_grad():

@@ -33,6 +33,7 @@ from pvae.particles import (
     log_joint,
     module_of,
     parameters,
+    plate_scale,
     sample_guide,
     sum_terms,
 )
@@ -548,6 +549,87 @@ def test_scale_per_datum_weighs_each_bound(x):
     torch.manual_seed(0)
     bound = pvae.bounds.iw_elbo(pvae.draw(plain_model, plain_guide, x, K).log_weights)
     assert loss == pytest.approx(-float((weights * bound).sum()))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, B)], ids=str)
+def test_scale_within_a_datum_is_refused(shape):
+    weights = torch.rand(shape, dtype=torch.float64)
+
+    def model(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("time", len(x), dim=-2), poutine.scale(scale=weights):
+                pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            pyro.sample("z", dist.Normal(x.mean(0), 0.4))
+
+    with pytest.raises(ProgramError, match=r"'x' has a poutine.scale of shape .* within one datum"):
+        pvae.draw(model, guide, torch.randn(4, B, dtype=torch.float64), K)
+
+
+def test_scale_per_datum_left_of_a_time_plate():
+    weights = torch.rand(B, 1, dtype=torch.float64)
+    pair = [poutine.scale(transposed(p), scale=weights) for p in (time_model, time_guide)]
+    x = torch.randn(B, 4, dtype=torch.float64)
+    ours = our_loss(*pair, x, data_plate="data")
+    assert ours == pytest.approx(trace_elbo(*pair, x, max_plate_nesting=2), abs=IDENTITY)
+
+
+def words(size=30, *, plates=True):
+    """Documents in columns, of whose ``size`` words a plate picks those that there are."""
+
+    def model(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("words", size, subsample=torch.arange(len(x)), dim=-2):
+                h = pyro.sample("h", dist.Normal(z, 0.5))
+                pyro.sample("x", dist.Normal(h, 0.3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(x.mean(0), 0.4))
+            with pyro.plate("words", size, subsample=torch.arange(len(x)), dim=-2):
+                pyro.sample("h", dist.Normal(0.5 * (x + z), 0.2))
+
+    def bare(x):
+        z = pyro.sample("z", dist.Normal(x.mean(0), 0.4))
+        pyro.sample("h", dist.Normal(0.5 * (x + z), 0.2))
+
+    return model, guide if plates else bare
+
+
+@pytest.mark.parametrize("plates", [True, False])
+def test_subsampled_plate_within_a_datum_is_made_up_for(plates):
+    x = torch.randn(3, B, dtype=torch.float64)
+    ours = our_loss(*words(plates=plates), x)
+    assert ours == pytest.approx(trace_elbo(*words(), x, max_plate_nesting=2), abs=IDENTITY)
+    objective = pvae.vae()
+    layout = objective.prepare(*words(plates=plates), x)
+    torch.manual_seed(5)
+    loss = objective.evaluate(*words(plates=plates), x, layout=layout)
+    for quoted in (loss.bound, loss.elbo, loss.reconstruction - loss.kl):
+        assert -quoted.sum().item() == pytest.approx(ours, abs=IDENTITY)
+
+
+def test_subsampled_plate_within_a_datum_has_no_evidence():
+    x = torch.randn(3, B, dtype=torch.float64)
+    with pytest.raises(ObjectiveError, match="'x' is in a plate that picks a part of each datum"):
+        pvae.iwae(K)(*words(), x)
+    with pytest.raises(ProgramError, match="is in a plate that picks a part of each datum"):
+        pvae.evidence.importance(*words(), x, num_particles=K)
+
+
+def test_plate_scale_is_that_of_the_data_whatever_plate_is_outside():
+    def model(x):
+        with (
+            pyro.plate("time", x.shape[1], dim=-2),
+            pyro.plate("data", 100, subsample=torch.arange(len(x)), dim=-1),
+        ):
+            pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x.T)
+
+    assert plate_scale(model, torch.randn(B, B)) == 100 / B
 
 
 def shared_model(x):

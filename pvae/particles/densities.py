@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.particles.plates import count_data
+from pvae.errors import ProgramError
+from pvae.particles.plates import count_data, inner_scale
 from pvae.particles.supports import support_of, values_inside
 from pvae.particles.traces import masks_of, plate_frames, random_nodes
 from pvae.particles.types import Batch, Layout, sum_terms
@@ -98,6 +99,16 @@ def local_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def log_density(trace: Any, layout: Layout, num_particles: int, batch: Batch) -> Tensor:
-    """Sum of a trace's log densities inside the data plate, unscaled: ``(K, B)``, nats."""
+    """Sum of a trace's log densities inside the data plate, unscaled: ``(K, B)``, nats.
+
+    Raises:
+        ProgramError: A plate within a datum picks a part of it.
+    """
+    for name, node in random_nodes(trace).items():
+        if name not in layout.globals and inner_scale(node, layout) != 1:
+            raise ProgramError(
+                f"site {name!r} is in a plate that picks a part of each datum, so its density is "
+                "not that of the whole datum: let the plate span all of it"
+            )
     num_data = count_data(trace, layout, batch)
     return sum_terms(local_terms(node_terms(random_nodes(trace), layout, num_particles, num_data)))

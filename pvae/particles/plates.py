@@ -10,7 +10,7 @@ from pvae.particles.running import attempt, quiet
 from pvae.particles.traces import in_braces, observed_nodes, plate_frames, random_nodes
 from pvae.particles.types import Batch, Layout, Program
 
-__all__ = ["count_data", "find_data_plates", "plate_scale"]
+__all__ = ["count_data", "find_data_plates", "inner_scale", "plate_scale"]
 
 
 def find_data_plates(
@@ -53,6 +53,15 @@ def count_data(trace: Any, layout: Layout, batch: Batch) -> int:
     return leading_size(batch)
 
 
+def inner_scale(node: Any, layout: Layout) -> float:
+    """N/B of the subsampled plates within a datum that a site is in; one where there is none."""
+    factor = 1.0
+    for frame in plate_frames(node):
+        if frame.dim != layout.data_dim and frame.full_size is not None:
+            factor *= frame.full_size / frame.size
+    return factor
+
+
 def plate_scale(model: Program, batch: Batch) -> float:
     """N/B of a model whose data plate is subsampled to B of N data by the caller; one otherwise.
 
@@ -61,8 +70,6 @@ def plate_scale(model: Program, batch: Batch) -> float:
     with quiet(batch):
         trace = attempt("model", model, batch)
     rows = leading_size(batch)
-    for node in observed_nodes(trace).values():
-        for frame in plate_frames(node):
-            if frame.full_size and frame.size == rows:
-                return float(frame.full_size / frame.size)
-    return 1.0
+    frames = [f for node in observed_nodes(trace).values() for f in plate_frames(node)]
+    spans = [f for f in frames if f.full_size and f.size == rows]
+    return max((float(f.full_size / f.size) for f in spans), default=1.0)

@@ -51,6 +51,7 @@ class Particles:
         scale: Common factor of all terms, from plates (N/B) and ``poutine.scale``.
         plate_scale: The part of ``scale`` that is due to a subsampled data plate.
         relative_scale: Terms whose factor differs from the common one -> that ratio.
+        inner_scale: Terms in a subsampled plate within a datum -> its N/B, a part of that ratio.
         gate: Scales the gradient that flows from the model into the draws, where one was asked for.
         sites: Local latent site -> its draws, posterior and prior. Only with ``draw(sites=True)``.
         relaxed: The model weighed once more, at relaxed draws. Only with ``draw(relax=...)``.
@@ -71,6 +72,7 @@ class Particles:
     scale: Scale = 1.0
     plate_scale: float = 1.0
     relative_scale: dict[tuple[str, str], Scale] = field(default_factory=dict)
+    inner_scale: dict[tuple[str, str], float] = field(default_factory=dict)
     gate: Gate | None = None
     sites: dict[str, LatentSite] | None = None
     relaxed: Relaxed | None = None

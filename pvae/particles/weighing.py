@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ProgramError
-from pvae.particles.densities import local_terms, node_terms, sum_inner_plates
-from pvae.particles.plates import count_data
+from pvae.particles.densities import (
+    local_terms,
+    node_log_prob,
+    node_terms,
+    sum_inner_plates,
+)
+from pvae.particles.plates import count_data, inner_scale
 from pvae.particles.traces import latent_nodes, plate_frames, random_nodes
 from pvae.particles.types import Batch, Layout, Particles, Scale
 
@@ -27,7 +33,11 @@ def weigh(
     log_q = node_terms(guide_sites, layout, num_particles, num_data)
     local_log_p, local_log_q = local_terms(log_p), local_terms(log_q)
     local = {("p", n) for n in local_log_p} | {("q", n) for n in local_log_q}
-    scale, plate_scale, relative, shared = _scales(model_sites, guide_sites, layout, local)
+    counted = _counted_as(model_sites, guide_sites, layout, local)
+    scale, plate_scale, relative = _scales(counted, layout)
+    sites = {("p", n): s for n, s in model_sites.items()} | {
+        ("q", n): s for n, s in guide_sites.items()
+    }
     return Particles(
         values={n: node["value"] for n, node in latent_nodes(guide_trace).items()},
         log_p=local_log_p,
@@ -35,43 +45,65 @@ def weigh(
         observed=tuple(n for n, node in model_sites.items() if node["is_observed"]),
         global_log_p={n: t for n, t in log_p.items() if t.dim() == 1},
         global_log_q={n: t for n, t in log_q.items() if t.dim() == 1},
-        global_scale=shared,
+        global_scale={key: s["scale"] for key, s in sites.items() if key not in local},
         scale=scale,
         plate_scale=plate_scale,
         relative_scale=relative,
+        inner_scale={k: f for k, s in counted.items() if (f := inner_scale(s, layout)) != 1},
     )
 
 
-def _scales(
+def _counted_as(
     model_sites: Mapping[str, Any],
     guide_sites: Mapping[str, Any],
     layout: Layout,
     local: set[tuple[str, str]],
-) -> tuple[Scale, float, dict[tuple[str, str], Scale], dict[tuple[str, str], Scale]]:
-    """The first observed site's factor as the common one; who differs from it, and by what.
+) -> dict[tuple[str, str], Any]:
+    """Terms inside the data plate -> the site whose plates and ``poutine.scale`` they have.
 
-    Sites outside the data plate (not in ``local``) come last, with their whole factor.
+    The first is an observed site. A guide without plates follows the model.
     """
-    reference = next(model_sites[n] for n in layout.observed if ("p", n) in local)
-    common = reference["scale"]
+    first = next(n for n in layout.observed if ("p", n) in local)
+    counted = {("p", first): model_sites[first]}
+    counted |= {("p", n): s for n, s in model_sites.items() if ("p", n) in local}
+    for name, site in guide_sites.items():
+        plated = any(frame.dim != layout.particle_dim for frame in plate_frames(site))
+        follows = not plated and _same(site["scale"], 1.0)
+        if ("q", name) in local:
+            counted["q", name] = model_sites.get(name, model_sites[first]) if follows else site
+    return counted
+
+
+def _scales(
+    counted: Mapping[tuple[str, str], Any], layout: Layout
+) -> tuple[Scale, float, dict[tuple[str, str], Scale]]:
+    """The factor of all terms, the data plate's part of it, and who has another, as a ratio.
+
+    Where they differ, the common factor is the data plate's alone.
+    """
     plate_scale = 1.0
-    for frame in plate_frames(reference):
+    for frame in plate_frames(next(iter(counted.values()))):
         if frame.dim == layout.data_dim and frame.full_size is not None:
             plate_scale = frame.full_size / frame.size
-    relative: dict[tuple[str, str], Scale] = {}
-    shared: dict[tuple[str, str], Scale] = {}
-    for role, sites in (("p", model_sites), ("q", guide_sites)):
-        for name, node in sites.items():
-            if (role, name) not in local:
-                shared[role, name] = node["scale"]
-                continue
-            if _same(node["scale"], common):
-                continue
-            plated = any(frame.dim != layout.particle_dim for frame in plate_frames(node))
-            if role == "q" and not plated and _same(node["scale"], 1.0):
-                continue  # a guide without plates follows the model
-            relative[role, name] = node["scale"] / common
-    return common, plate_scale, relative, shared
+    factors = {key: _by_row(site["name"], site["scale"], layout) for key, site in counted.items()}
+    common = next(iter(factors.values()))
+    if not all(_same(factor, common) for factor in factors.values()):
+        common = plate_scale
+    relative = {key: f / common for key, f in factors.items() if not _same(f, common)}
+    return common, plate_scale, relative
+
+
+def _by_row(name: str, scale: Scale, layout: Layout) -> Scale:
+    """A factor as a number or ``(B,)``."""
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return scale
+    rows = scale.shape[layout.data_dim] if scale.dim() >= -layout.data_dim else 1
+    if scale.numel() != rows:
+        raise ProgramError(
+            f"site {name!r} has a poutine.scale of shape {tuple(scale.shape)}, which differs "
+            "within one datum: give one factor for each datum, or weigh the parts by a pyro.factor"
+        )
+    return scale.reshape(() if rows == 1 else (rows,))
 
 
 def _same(a: Scale, b: Scale) -> bool:
@@ -100,12 +132,23 @@ def closed_form_kl(
         except NotImplementedError:
             kl[name] = particles.log_q[name] - particles.log_p[name]
             continue
-        mask = prior["mask"]
-        if isinstance(mask, Tensor):
-            term = torch.where(mask, term, term.new_zeros(()))
+        term = _masked(term, posterior, prior)
         kl[name] = sum_inner_plates(term, layout, num_particles, num_data)
     auxiliary = {n: t for n, t in particles.log_q.items() if n not in kl}
     return {**kl, **auxiliary}
+
+
+def _masked(kl: Tensor, posterior: Any, prior: Any) -> Tensor:
+    """The KL where neither site is masked out, ``log q - log p`` of those that count elsewhere."""
+    masks = [
+        n["mask"] for n in (posterior, prior) if n["mask"] is not None and n["mask"] is not True
+    ]
+    if not masks:
+        return kl
+    drawn = node_log_prob(posterior) - node_log_prob(prior)
+    if any(mask is False for mask in masks):
+        return drawn
+    return torch.where(functools.reduce(torch.logical_and, masks), kl, drawn)
 
 
 def _kl(posterior: Any, prior: Any, value: Tensor) -> Tensor:
