@@ -44,7 +44,8 @@ class Alternate:
             is not above its value of the epoch before, then train both together.
 
     Raises:
-        OptionError: A number is below one, or ``e_steps`` or the column is another word.
+        OptionError: A number is below one or not whole, or ``e_steps`` or the column is another
+            word.
     """
 
     e_steps: int | str = 1
@@ -61,8 +62,12 @@ class Alternate:
             )
         numbers = {n: getattr(self, n) for n in ("e_steps", "m_steps", "window", "most", "epochs")}
         for name, value in numbers.items():
-            if isinstance(value, int) and value < 1:
-                raise OptionError(f"alternate takes {name} of at least 1, got {value}")
+            if value in (None, UNTIL_FLAT):
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(
+                    f"alternate takes {name} of at least 1, a whole number, got {value!r}"
+                )
         columns = [*METRICS, *(f"valid_{name}" for name in METRICS)]
         if self.while_rising is not None and self.while_rising not in columns:
             raise OptionError(

@@ -56,7 +56,7 @@ def check_bound(bound: Callable[[Tensor], Tensor], num_particles: int) -> None:
     """Refuse what cannot be raised, or not with so many particles.
 
     Raises:
-        ObjectiveError: The bound is an upper one, or does not fit K.
+        ObjectiveError: The bound is an upper one, does not fit K, or gives no number per datum.
     """
     if getattr(bound, "is_upper", False):
         raise ObjectiveError(
@@ -66,6 +66,15 @@ def check_bound(bound: Callable[[Tensor], Tensor], num_particles: int) -> None:
     check: Any = getattr(bound, "check", None)
     if check is not None:
         check(num_particles)
+    try:
+        shape = tuple(bound(torch.zeros(num_particles, 2)).shape)
+    except Exception:  # whatever it is, it is no function of log weights
+        shape = ()
+    if shape != (2,):
+        raise ObjectiveError(
+            f"bound maps log weights (K, B) to (B,) nats, which {bound!r} does not: use elbo, "
+            "iw_elbo or renyi(alpha) of pvae.bounds, with its arguments where it takes any"
+        )
 
 
 @dataclass(frozen=True)
@@ -181,10 +190,10 @@ def miwae(groups: int) -> GroupedBound:
     """The mean over ``groups`` of the IW-ELBO of each (MIWAE, Rainforth et al. 2018).
 
     Raises:
-        OptionError: there is not one group at least.
+        OptionError: it is no whole number of at least one.
     """
-    if groups < 1:
-        raise OptionError(f"miwae takes at least one group, got groups={groups}: give 5, say")
+    if groups < 1 or groups != int(groups):
+        raise OptionError(f"miwae takes a number of groups, 1 or more, got {groups}: give 5, say")
     return GroupedBound(int(groups))
 
 

@@ -9,6 +9,8 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
+from numbers import Integral, Real
 from typing import Any
 
 import pyro
@@ -34,7 +36,10 @@ from pvae.particles import (
     leading_size,
     module_of,
     plate_scale,
+    quiet,
+    reason,
     sum_terms,
+    tensors_of,
 )
 from pvae.penalties import Penalty
 from pvae.schedules import Schedule, as_schedule
@@ -100,10 +105,15 @@ class Objective:
     _seen: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.num_particles < 1:
-            raise ObjectiveError(f"num_particles must be at least 1, got {self.num_particles}")
-        if not callable(self.beta) and self.beta < 0:
-            raise ObjectiveError(f"beta must not be negative, got {self.beta}")
+        if not isinstance(self.num_particles, Integral) or self.num_particles < 1:
+            raise ObjectiveError(
+                f"num_particles must be a whole number of at least 1, got {self.num_particles!r}"
+            )
+        if not callable(self.beta) and not (isinstance(self.beta, Real) and 0 <= self.beta < inf):
+            raise ObjectiveError(
+                f"beta must be finite and not negative, or a schedule, got {self.beta!r}"
+            )
+        self._check_kinds()
         check_bound(self.bound, self.num_particles)
         self.gradient.check(self.bound, self.num_particles)
         if not self.gradient.tempers and self.beta != 1:
@@ -117,6 +127,18 @@ class Objective:
                 "analytic_kl holds for bound=elbo with gradient=pathwise, got "
                 f"{self.bound!r} with {self.gradient!r}: use analytic_kl=False"
             )
+
+    def _check_kinds(self) -> None:
+        """A word, or a function that was not called, is no part of an objective."""
+        kinds = {"gradient": Gradient, "kl_term": KLTerm | None, "penalty": Penalty | None}
+        for name, kind in kinds.items():
+            found = getattr(self, name)
+            if not isinstance(found, kind):
+                module = {"gradient": "gradients", "kl_term": "kl_terms", "penalty": "penalties"}
+                raise ObjectiveError(
+                    f"{name} is one of pvae.{module[name]}, with its arguments where it takes any, "
+                    f"got {found!r}"
+                )
 
     def _check_terms(self) -> None:
         """Terms of the KL and penalties want the ELBO, or draws that can be differentiated."""
@@ -460,8 +482,22 @@ class PyroObjective:
         return {}
 
     def prepare(self, model: Any, guide: Any, batch: Any) -> None:
-        """Pyro looks at the pair itself; only the plate's N/B is taken from it here."""
+        """The plate's N/B, and whether Pyro can differentiate its loss of this pair.
+
+        Raises:
+            ProgramError: The model fails on the batch.
+            ObjectiveError: Pyro's loss of the pair fails.
+        """
         self._plate_scale["data"] = plate_scale(model, batch)
+        args, kwargs = arguments(batch)
+        try:
+            with quiet(batch), torch.enable_grad():
+                self.elbo.differentiable_loss(model, guide, *args, **kwargs)
+        except Exception as error:
+            raise ObjectiveError(
+                f"{type(self.elbo).__name__} failed on the batch ({reason(error)}): give it the "
+                "options that it asks for, or use pvae.vae()"
+            ) from error
 
     def evaluate(
         self,
@@ -480,7 +516,10 @@ class PyroObjective:
         if torch.is_grad_enabled():
             total = self.elbo.differentiable_loss(model, guide, *args, **kwargs)
         else:  # differentiable_loss of TraceEnum_ELBO refuses what has no gradient
-            total = torch.as_tensor(self.elbo.loss(model, guide, *args, **kwargs))
+            device = next(tensors_of(batch)).device
+            total = torch.as_tensor(
+                self.elbo.loss(model, guide, *args, **kwargs), dtype=torch.float64, device=device
+            )
         loss = total / (rows * self._plate_scale.get("data", 1.0))
         bound = -loss.detach().expand(rows)
         unknown = torch.full_like(bound, float("nan"))
@@ -500,7 +539,17 @@ def as_objective(objective: Any) -> Objective | PyroObjective:
             "pyro.infer.ReweightedWakeSleep has two losses and no differentiable one: use "
             "pvae.rws() or pvae.wake_sleep()"
         )
+    if isinstance(objective, pyro.infer.RenyiELBO):
+        raise ObjectiveError(
+            "pyro.infer.RenyiELBO weighs a batch as one datum and has no differentiable loss: use "
+            f"pvae.renyi_vae({objective.alpha:g}, num_particles={objective.num_particles})"
+        )
     if isinstance(objective, pyro.infer.ELBO):
+        if not hasattr(objective, "differentiable_loss"):
+            raise ObjectiveError(
+                f"{type(objective).__name__} has no differentiable loss: use pvae.vae(), or "
+                "pvae.vae(2, gradient=pvae.gradients.mixed) where a site is discrete"
+            )
         return PyroObjective(objective)
     raise ObjectiveError(
         f"objective must be a pvae.Objective or a pyro.infer ELBO, got {objective!r}: try "

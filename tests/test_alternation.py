@@ -333,7 +333,7 @@ def test_objective_that_holds_the_guide_has_no_e_phase():
 @pytest.mark.parametrize(
     ("alternate", "words"),
     [
-        (0, "e_steps of at least 1, got 0"),
+        (0, "e_steps of at least 1, a whole number, got 0"),
         ("until-falt", "'until-flat', got 'until-falt'"),
         (1.5, "got 1.5"),
         (True, "got True"),
@@ -349,6 +349,8 @@ def test_options_that_do_not_exist(alternate, words):
     [
         ({"m_steps": 0}, "m_steps of at least 1"),
         ({"epochs": 0}, "epochs of at least 1"),
+        ({"e_steps": 2.5}, "e_steps of at least 1, a whole number, got 2.5"),
+        ({"m_steps": 1.5}, "m_steps of at least 1, a whole number, got 1.5"),
         ({"while_rising": "valid_bund"}, "did you mean 'valid_bound'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -31,6 +32,7 @@ from pvae.gradients import (
     doubly_reparameterized,
     mixed,
     pathwise,
+    rebar,
     score_function,
     stick_the_landing,
 )
@@ -506,6 +508,30 @@ def test_enumeration_stands_behind_the_same_interface(grad):
     assert loss.loss.item() == pytest.approx(-float(exact.mean()), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        (pyro.infer.RenyiELBO(0.5, num_particles=7), r"pvae\.renyi_vae\(0\.5, num_particles=7\)"),
+        (pyro.infer.TraceGraph_ELBO(), "no differentiable loss: use .*mixed"),
+        (pyro.infer.TraceTailAdaptive_ELBO(), "failed on the batch .*vectorize_particles==True"),
+    ],
+    ids=["renyi", "graph", "tail-adaptive"],
+)
+def test_losses_that_pyro_does_not_differentiate_are_refused(pair, theirs, words):
+    with pytest.raises(ObjectiveError, match=words):
+        pvae.fit(*pair, objective=theirs, epochs=1, batch_size=4, progress=False)
+
+
+def test_pyros_loss_is_read_in_double_precision(pair):
+    objective = as_objective(Trace_ELBO())
+    objective.prepare(*pair)
+    with torch.no_grad():
+        torch.manual_seed(4)
+        bound = objective.evaluate(*pair).bound
+    assert bound.dtype == torch.float64
+    assert -8 * bound[0].item() == pytest.approx(pyro_loss(Trace_ELBO(), *pair), rel=1e-14)
+
+
 def test_objectives_pass_as_they_are_and_others_are_refused():
     objective = pvae.iwae(5)
     assert as_objective(objective) is objective
@@ -555,7 +581,18 @@ def custom_bound(log_weights):
         ),
         (lambda: pvae.vae(0), ["at least 1", "0"]),
         (lambda: pvae.vae(-3), ["at least 1", "-3"]),
+        (lambda: pvae.vae(2.5), ["whole number", "2.5"]),
+        (lambda: pvae.vae("3"), ["whole number", "'3'"]),
         (lambda: pvae.beta_vae(-1.0), ["negative", "-1.0"]),
+        (lambda: pvae.beta_vae(math.nan), ["finite", "nan"]),
+        (lambda: pvae.beta_vae("linear"), ["schedule", "'linear'"]),
+        (lambda: pvae.Objective(bound="iwae"), ["(K, B) to (B,)", "'iwae'", "iw_elbo"]),
+        (lambda: pvae.Objective(bound=renyi), ["(K, B) to (B,)", "with its arguments"]),
+        (lambda: pvae.Objective(bound=torch.mean), ["(K, B) to (B,)", "mean"]),
+        (lambda: pvae.vae(gradient="pathwise"), ["pvae.gradients", "'pathwise'"]),
+        (lambda: pvae.vae(gradient=rebar), ["pvae.gradients", "with its arguments"]),
+        (lambda: pvae.vae(penalty=pvae.penalties.mmd), ["pvae.penalties", "with its arguments"]),
+        (lambda: pvae.vae(kl_term="capacity"), ["pvae.kl_terms", "'capacity'"]),
     ],
 )
 def test_unsound_combinations_are_refused_when_built(build, words):

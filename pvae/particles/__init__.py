@@ -24,7 +24,7 @@ datum's bound and never enter a logarithm. Its modules, each importing only from
     generation     data a model draws by itself, with their exact posterior draws
 """
 
-from pvae.particles.batches import arguments, leading_size
+from pvae.particles.batches import arguments, leading_size, tensors_of
 from pvae.particles.drawing import draw, glance, latent_sites
 from pvae.particles.generation import generate
 from pvae.particles.inspection import inspect
@@ -41,6 +41,7 @@ from pvae.particles.programs import (
     site_priors,
 )
 from pvae.particles.reading import ModelSite, read_dependencies, read_model
+from pvae.particles.running import quiet, reason
 from pvae.particles.simulation import check_dreams, sample_observed, simulate
 from pvae.particles.supports import base_family, check_support, support_of
 from pvae.particles.types import (
@@ -94,8 +95,10 @@ __all__ = [
     "path_ends",
     "plate_scale",
     "prior_of",
+    "quiet",
     "read_dependencies",
     "read_model",
+    "reason",
     "rewritten",
     "sample_guide",
     "sample_observed",
@@ -103,5 +106,6 @@ __all__ = [
     "site_priors",
     "sum_terms",
     "support_of",
+    "tensors_of",
     "unconstrain",
 ]
