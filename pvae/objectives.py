@@ -279,8 +279,37 @@ class Objective:
         particles = self.gradient.draw(
             model, guide, batch, self.num_particles, layout=layout, **options
         )
-        weighs = not self.additive or self.gradient.weighs
-        if particles.relative_scale and weighs:
+        self._check_particles(particles)
+        factor = _relative(particles.scale, particles.plate_scale)
+        surrogate = self._surrogate(particles, layout, beta)
+        steered = self.kl_term is not None and self.kl_term.steers
+        weight = 1.0 if steered else beta
+        quoted = self._quoted(particles, weight)
+        inner = particles.inner_scale
+        kl = _times(inner, "q", self._site_kl(particles, particles.log_q))
+        reconstruction = sum_terms(_times(inner, "p", particles.likelihood)).mean(0)
+        total_kl = sum_terms(kl).mean(0)
+        per_datum = (factor * surrogate).mean() + self._globals(particles, beta, num_data)
+        value = (factor * quoted).mean() + self._globals(particles, beta, num_data)
+        loss = -(per_datum - per_datum.detach() + value.detach())
+        if self.penalty is not None and particles.sites is not None:
+            rows = particles.shape[1] * particles.plate_scale
+            penalty = self.penalty(
+                particles.sites, weight, num_data if num_data is not None else rows
+            )
+            loss = loss + torch.as_tensor(factor).mean() * penalty
+        return Loss(
+            loss=loss,
+            bound=quoted.detach(),
+            elbo=(reconstruction - total_kl).detach(),
+            reconstruction=reconstruction.detach(),
+            kl=total_kl.detach().expand_as(reconstruction),
+            particles=particles,
+        )
+
+    def _check_particles(self, particles: Particles) -> None:
+        """Refuse what a pair's layout does not tell: factors inside a logarithm, shared KLs."""
+        if particles.relative_scale and (not self.additive or self.gradient.weighs):
             role, site = next(iter(particles.relative_scale))
             if (role, site) in particles.inner_scale:
                 raise ObjectiveError(
@@ -294,31 +323,14 @@ class Objective:
                 f"{self.gradient!r} cannot honour outside a logarithm: use beta= for a KL weight, "
                 "or bound=elbo with another gradient"
             )
-        factor = _relative(particles.scale, particles.plate_scale)
-        surrogate = self._surrogate(particles, layout, beta)
-        steered = self.kl_term is not None and self.kl_term.steers
-        quoted = self._quoted(particles, 1.0 if steered else beta)
-        inner = particles.inner_scale
-        kl = _times(inner, "q", self._site_kl(particles, particles.log_q))
-        reconstruction = sum_terms(_times(inner, "p", particles.likelihood)).mean(0)
-        total_kl = sum_terms(kl).mean(0)
-        per_datum = (factor * surrogate).mean() + self._globals(particles, beta, num_data)
-        value = (factor * quoted).mean() + self._globals(particles, beta, num_data)
-        loss = -(per_datum - per_datum.detach() + value.detach())
-        if self.penalty is not None and particles.sites is not None:
-            rows = particles.shape[1] * particles.plate_scale
-            penalty = self.penalty(
-                particles.sites, beta, num_data if num_data is not None else rows
-            )
-            loss = loss + torch.as_tensor(factor).mean() * penalty
-        return Loss(
-            loss=loss,
-            bound=quoted.detach(),
-            elbo=(reconstruction - total_kl).detach(),
-            reconstruction=reconstruction.detach(),
-            kl=total_kl.detach().expand_as(reconstruction),
-            particles=particles,
-        )
+        if self._term is not None and not self._term.steers:
+            known = {*particles.log_p, *particles.global_log_p}
+            own = [n for n in (*particles.log_q, *particles.global_log_q) if n not in known]
+            if own:
+                raise ObjectiveError(
+                    f"site {own[0]!r} is the guide's own and its density belongs to several sites' "
+                    f"KL, which {self._term!r} looks at one by one: use beta="
+                )
 
     def _site_kl(self, particles: Particles, log_q: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each latent site's KL, ``(K, B)``; auxiliary guide sites count with ``log q``."""

@@ -22,6 +22,7 @@ from programs import (
 )
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.optim import Adam, ClippedAdam
 from torch import nn
 
@@ -30,12 +31,14 @@ from pvae.bounds import cubo, elbo, iw_elbo, renyi
 from pvae.errors import ObjectiveError
 from pvae.gradients import (
     doubly_reparameterized,
+    guide_by,
     mixed,
     pathwise,
     rebar,
     score_function,
     stick_the_landing,
 )
+from pvae.kl_terms import Balanced
 from pvae.objectives import PyroObjective, as_objective
 from pvae.schedules import Cyclical, Linear
 
@@ -241,6 +244,28 @@ def test_last_partial_batch_counts_by_its_rows(pair):
     guide, objective = ExactGuide(model), pvae.iwae(3)
     parts = sum(svi_loss(objective, model, guide, x[rows]) for rows in (slice(0, 5), slice(5, 8)))
     assert parts == pytest.approx(-model.log_evidence(x).sum().item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("options", [{"free_bits": 0.5}, {"kl_term": Balanced()}], ids=str)
+def test_sites_of_the_guides_own_have_no_kl_of_their_own(options):
+    """``log q`` of a joint site is the density of all latents drawn from it."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            u = pyro.sample("u", dist.Normal(x, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(u))
+
+    joint = AutoDiagonalNormal(model)
+    x = torch.randn(4)
+    joint(x)
+    for program, site in ((guide, "'u'"), (joint, "'_AutoDiagonalNormal_latent'")):
+        with pytest.raises(ObjectiveError, match=f"{site} is the guide's own"):
+            evaluated(pvae.vae(**options), model, program, x)
 
 
 # --- scales -------------------------------------------------------------------------------------
@@ -648,6 +673,12 @@ def two_site_model(x):
             ["'t'", "score_function", "pathwise"],
         ),
         (
+            pvae.vae(4, gradient=guide_by(iw_elbo)),
+            shared,
+            shared_guide,
+            ["'t'", "iw_elbo", "gradient=pathwise"],
+        ),
+        (
             pvae.stl(),
             two_site_model,
             DropoutGuide("a", "b"),
@@ -682,6 +713,8 @@ def test_dropout_before_one_site_is_sound():
 def test_scale_of_one_site_is_refused_inside_a_logarithm(pair):
     model, guide, x = pair
     scaled_pair = scaled(model, z=0.3), scaled(guide, z=0.3)
+    with pytest.raises(ObjectiveError, match=r"'z'.*poutine\.scale.*guide_by\(iw_elbo\)"):
+        evaluated(pvae.vae(3, gradient=guide_by(iw_elbo)), *scaled_pair, x)
     with pytest.raises(ObjectiveError, match=r"'z'.*poutine\.scale.*iw_elbo.*beta="):
         evaluated(pvae.iwae(3), *scaled_pair, x)
     evaluated(pvae.vae(3), *scaled_pair, x)

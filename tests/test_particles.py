@@ -887,6 +887,12 @@ def test_one_by_one_has_the_same_shapes(x, num_particles):
     assert one.values["z"].shape == all_.values["z"].shape == (num_particles, B, 2)
 
 
+@pytest.mark.parametrize("options", [{"sites": True}, {"relax": lambda *_: None}], ids=str)
+def test_one_by_one_has_no_sites_to_give(x, options):
+    with pytest.raises(ProgramError, match="all particles at once.* leave vectorize at True"):
+        pvae.draw(plain_model, plain_guide, x, K, vectorize=False, **options)
+
+
 def test_one_by_one_picks_the_same_rows_for_every_particle():
     model, data = linear_gaussian(40)
     log_weights = pvae.draw(*picking(model), data, 4, vectorize=False).log_weights.detach()

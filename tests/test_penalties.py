@@ -230,6 +230,14 @@ def test_imq_is_the_sum_over_scales():
     torch.testing.assert_close(Discrepancy(1.0)._kernel(z, y), expected)
 
 
+def test_one_datum_has_no_discrepancy():
+    z, y = torch.randn(2, 4, 1, 3, dtype=torch.float64)
+    value = Discrepancy(1.0).statistic(z.requires_grad_(), y)
+    assert value.tolist() == [0.0] * 4
+    value.sum().backward()
+    assert bool((z.grad == 0).all())
+
+
 def biased(z, y):
     kernel = Discrepancy(1.0, "rbf")._kernel
     return (kernel(z, z) + kernel(y, y) - 2 * kernel(z, y)).mean((1, 2))
@@ -379,6 +387,17 @@ def test_capacity_has_its_own_schedule_and_leaves_the_bound_alone():
     pair = model, AffineGuide().double(), x
     plain, held = evaluated(pvae.vae(), *pair), evaluated(objective, *pair, beta=2.0)
     torch.testing.assert_close(plain.bound, held.bound)
+
+
+def test_penalty_beside_a_capacity_weighs_the_kl_by_one():
+    model, x = linear_gaussian(8)
+    pair = model, AffineGuide().double(), x
+    free = FreeDimensions(9.0)
+    alone = evaluated(pvae.vae(), *pair)
+    with_free = evaluated(pvae.vae(penalty=free), *pair)
+    capped = evaluated(pvae.vae(kl_term=Capacity(1.0, 25.0)), *pair, beta=25.0)
+    both = evaluated(pvae.vae(kl_term=Capacity(1.0, 25.0), penalty=free), *pair, beta=25.0)
+    torch.testing.assert_close(both.loss - capped.loss, with_free.loss - alone.loss)
 
 
 def test_fit_raises_the_capacity_without_a_warning():

@@ -156,6 +156,20 @@ class GuideBy(_Path):
                 )
         check_bound(self.bound, num_particles)
 
+    def check_pair(self, layout: Layout) -> None:
+        """Every guide site must be reparameterised, and local unless both bounds add up."""
+        super().check_pair(layout)
+        if layout.globals and self.weighs:
+            raise ObjectiveError(
+                f"site {layout.globals[0]!r} is shared by all data, and {self.bound!r} does not "
+                "add up over data: use gradient=pathwise"
+            )
+
+    @property
+    def weighs(self) -> bool:  # type: ignore[override]
+        """The guide's bound is no more linear in log w than the objective's need be."""
+        return not (isinstance(self.bound, RenyiBound) and self.bound.additive)
+
     def draw(
         self, model: Any, guide: Any, batch: Any, num_particles: int, **options: Any
     ) -> Particles:

@@ -84,13 +84,18 @@ def draw(
         The particles, differentiable in the parameters of both programs.
 
     Raises:
-        ProgramError: The programs do not fit each other, or cannot be run; the message names the
-            site and the remedy.
+        ProgramError: The programs do not fit each other, or cannot be run so; the message names
+            the site and the remedy.
     """
     if num_particles < 1:
         raise ProgramError(f"num_particles must be at least 1, got {num_particles}")
     if layout is None:
         layout = inspect(model, guide, batch, data_plate=data_plate, vectorize=vectorize)
+    if not layout.vectorize and (sites or relax is not None):
+        raise ProgramError(
+            "sites and relax take all particles at once: write the programs so that a leading "
+            "particle dimension passes through, and leave vectorize at True"
+        )
     one_pass = functools.partial(
         _draw, model, guide, batch, layout,
         score=score, detach=detach, analytic_kl=analytic_kl, sites=sites, relax=relax,

@@ -56,7 +56,7 @@ def count_data(trace: Any, layout: Layout, batch: Batch) -> int:
 def inner_scale(node: Any, layout: Layout) -> float:
     """N/B of the subsampled plates within a datum that a site is in; one where there is none."""
     factor = 1.0
-    for frame in plate_frames(node):
+    for frame in node["cond_indep_stack"]:
         if frame.dim != layout.data_dim and frame.full_size is not None:
             factor *= frame.full_size / frame.size
     return factor

@@ -77,7 +77,8 @@ class Discrepancy(Penalty):
     r"""Squared maximum mean discrepancy between draws of q(z) and of the prior.
 
     ``weight (E k(z, z') + E k(y, y') - 2 E k(z, y))`` with ``z ~ q(z)``, ``y ~ p(z)``, by its
-    U-statistic over the batch, which is unbiased and so may be negative. With ``C = 2 D scale^2``,
+    U-statistic over the batch, which is unbiased and so may be negative (zero for a batch of one
+    datum, which has no pairs). With ``C = 2 D scale^2``,
     twice the expected squared norm of a prior draw, the kernels are::
 
         rbf: exp(-|z - y|^2 / C)        imq: sum_s s C / (s C + |z - y|^2),  s from 0.1 to 10
@@ -108,7 +109,9 @@ class Discrepancy(Penalty):
     def statistic(self, z: Tensor, y: Tensor) -> Tensor:
         """The U-statistic of two samples ``(K, B, D)``: ``(K,)``."""
         rows = z.shape[1]
-        pairs = max(rows * (rows - 1), 1)
+        pairs = rows * (rows - 1)
+        if not pairs:  # the cross term alone would pull the datum to one draw of the prior
+            return 0 * z.sum((1, 2))
         apart = ~torch.eye(rows, dtype=torch.bool, device=z.device)
         within = ((self._kernel(z, z) + self._kernel(y, y)) * apart).sum((1, 2)) / pairs
         value: Tensor = within - 2 * self._kernel(z, y).mean((1, 2))
