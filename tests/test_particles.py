@@ -195,6 +195,26 @@ def test_guide_needs_no_plate(x):
 
 
 @pytest.mark.parametrize("rows", [B, 1])
+def test_guide_without_plates_counts_its_own_data(rows):
+    """They need not lie along the first dimension of the batch."""
+
+    def model(x):
+        with pyro.plate("data", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("time", len(x), dim=-2):
+                pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    def bare(x):
+        pyro.sample("z", dist.Normal(x.mean(0), 0.4))
+
+    x = torch.randn(7, rows, dtype=torch.float64)
+    particles = pvae.draw(model, bare, x, K, score=True)
+    torch.testing.assert_close(particles.score["z"], particles.log_q["z"])
+    values, log_q = sample_guide(bare, x, K, inspect(model, bare, x))
+    torch.testing.assert_close(log_q, dist.Normal(x.mean(0), 0.4).log_prob(values["z"])[:, 0])
+
+
+@pytest.mark.parametrize("rows", [B, 1])
 def test_auxiliary_site_needs_no_plate(x, rows):
     def guide(x):
         u = pyro.sample("u", normal(x[:, :2]), infer={"is_auxiliary": True})

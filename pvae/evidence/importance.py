@@ -161,7 +161,9 @@ def importance(
         weigh = Sweep(model, guide, layout, num_particles, max_pairs, total, engine)
         for start in range(0, total, block):
             rows = _rows(batch, start, min(start + block, total))
-            pieces.append(_reduce(weigh(rows), smooth=smooth))
+            log_weights = weigh(rows)
+            _refuse_other_rows(log_weights.shape[1], num_rows(rows))
+            pieces.append(_reduce(log_weights, smooth=smooth))
             if progress is not None:
                 progress(min(start + block, total), total)
     log_evidence, stderr, ess, pareto_k, elbo = (
@@ -203,6 +205,14 @@ def _refuse_shared(layout: Layout) -> None:
         raise ProgramError(
             f"site {layout.globals[0]!r} is shared by all data, so there is no evidence of one "
             "datum: move it inside the data plate, or condition on it"
+        )
+
+
+def _refuse_other_rows(data: int, rows: int) -> None:
+    if data != rows:
+        raise ProgramError(
+            f"the data plate holds {data} data where the batch has {rows} rows: give each datum a "
+            "row, the first dimension of its tensors, and let the plate span them all"
         )
 
 

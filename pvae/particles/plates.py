@@ -46,10 +46,14 @@ def find_data_plates(
 
 def count_data(trace: Any, layout: Layout, batch: Batch) -> int:
     """B: the size of the data plate, which a subsampled plate makes smaller than the batch."""
-    for name, node in random_nodes(trace).items():
+    sites = random_nodes(trace)
+    for name, node in sites.items():
         for frame in plate_frames(node):
             if frame.dim == layout.data_dim and name not in layout.globals:
                 return int(frame.size)
+    for name in layout.latents:  # of a guide without plates
+        if name in sites:
+            return int(sites[name]["fn"].batch_shape[layout.data_dim])
     return leading_size(batch)
 
 
