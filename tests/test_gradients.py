@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -39,6 +40,7 @@ from pvae.gradients import (
     score_function,
     stick_the_landing,
 )
+from pvae.gradients.scores import _leave_one_out
 
 BOUNDS = [elbo, iw_elbo, renyi(0.5)]
 PATHWISE = [pathwise, stick_the_landing, doubly_reparameterized]
@@ -295,6 +297,34 @@ def test_leaving_one_out_is_quieter_than_no_baseline(pair, bound):
     names = pair.guide_values
     quiet = spread(pair, names, bound=bound, gradient=score_function)
     assert quiet < 0.5 * spread(pair, names, bound=bound, gradient=NoBaseline())
+
+
+@pytest.mark.parametrize("bound", [*BOUNDS, renyi(2.0)], ids=repr)
+def test_leaving_one_out_replaces_each_particle_by_the_mean_of_the_others(bound):
+    log_weights = 20 * torch.randn(6, 3, dtype=torch.float64)
+    found = _leave_one_out(bound, log_weights)
+    for k in range(6):
+        replaced = log_weights.clone()
+        replaced[k] = log_weights[[j for j in range(6) if j != k]].mean(0)
+        torch.testing.assert_close(found[k], bound(replaced))
+        torch.testing.assert_close(_leave_one_out(lambda w: bound(w), log_weights), found)
+
+
+def test_a_particle_of_no_weight_is_left_out_like_any_other():
+    log_weights = torch.tensor([[0.3], [-math.inf], [1.2]], dtype=torch.float64)
+    found = _leave_one_out(iw_elbo, log_weights)
+    replaced = torch.tensor([[0.3], [0.75], [1.2]], dtype=torch.float64)
+    torch.testing.assert_close(found[1], iw_elbo(replaced))
+    rest = torch.tensor([[1.2], [-math.inf], [-math.inf]], dtype=torch.float64)
+    torch.testing.assert_close(found[0], iw_elbo(rest))
+
+
+def test_leaving_one_out_takes_no_array_of_k_squared():
+    log_weights = torch.randn(400, 10)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        _leave_one_out(iw_elbo, log_weights)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 40 * log_weights.numel() * 4
 
 
 def test_no_baseline_is_unbiased_too():

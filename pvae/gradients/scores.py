@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import particles as waist
-from pvae.bounds import ThermodynamicBound
+from pvae.bounds import RenyiBound, ThermodynamicBound
 from pvae.errors import ObjectiveError
 from pvae.gradients.protocol import Beta, Bound, Gradient, Terms
 from pvae.particles import Gate, Layout, Particles
@@ -129,13 +131,32 @@ class Covariance(Gradient):
 def _leave_one_out(bound: Bound, log_weights: Tensor) -> Tensor:
     """The bound with each particle in turn replaced by the mean of the others, ``(K, B)``."""
     num_particles, num_data = log_weights.shape
-    others = (log_weights.sum(0) - log_weights) / (num_particles - 1)
+    others = _of_others(log_weights, torch.cumsum, torch.add, 0.0) / (num_particles - 1)
+    if isinstance(bound, RenyiBound):  # in O(K)
+        if bound.additive:
+            return bound(log_weights) + (others - log_weights) / num_particles
+        order = 1 - bound.alpha
+        rest = _of_others(order * log_weights, torch.logcumsumexp, torch.logaddexp, -math.inf)
+        return (torch.logaddexp(rest, order * others) - math.log(num_particles)) / order
     replaced = torch.where(
         torch.eye(num_particles, dtype=torch.bool, device=log_weights.device)[..., None],
         others,
         log_weights[:, None],
     )  # (K, K, B): in column k, particle k is replaced
     return bound(replaced.reshape(num_particles, -1)).reshape(num_particles, num_data)
+
+
+def _of_others(
+    values: Tensor,
+    scan: Callable[..., Tensor],
+    join: Callable[[Tensor, Tensor], Tensor],
+    nothing: float,
+) -> Tensor:
+    """A sum over all particles but one, each in turn: ``(K, B)``; nothing is taken off a total."""
+    end = torch.full_like(values[:1], nothing)
+    before = torch.cat([end, scan(values, 0)[:-1]])
+    after = torch.cat([scan(values.flip(0), 0).flip(0)[1:], end])
+    return join(before, after)
 
 
 score_function = ScoreFunction()
