@@ -36,7 +36,7 @@ from pvae.trackers import Tracker
 
 __all__ = ["Loop", "Run", "compare_environments", "open_metrics"]
 
-_EVALUATION_BATCH = 1024
+EVALUATION_BATCH = 1024
 
 
 @dataclass
@@ -479,7 +479,7 @@ class Loop:
         return _known(zip(METRICS, (sums / total).tolist(), strict=True))
 
     def _blocks(self, rows: Tensor) -> Sequence[Tensor]:
-        most = torch.split(rows, _EVALUATION_BATCH)
+        most = torch.split(rows, EVALUATION_BATCH)
         shares = cut(rows, self.problem.parts)
         return most if len(most) >= len(shares) else shares
 

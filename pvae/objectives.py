@@ -29,6 +29,7 @@ from pvae.particles import (
     Layout,
     Particles,
     arguments,
+    attempt,
     check_dreams,
     draw,
     glance,
@@ -482,7 +483,7 @@ class PyroObjective:
     """
 
     elbo: Any
-    _plate_scale: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _full_size: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def schedule(self) -> Schedule:
@@ -494,21 +495,26 @@ class PyroObjective:
         return {}
 
     def prepare(self, model: Any, guide: Any, batch: Any) -> None:
-        """The plate's N/B, and whether Pyro can differentiate its loss of this pair.
+        """N, and whether Pyro can differentiate its loss of this pair.
 
         Raises:
-            ProgramError: The model fails on the batch.
+            ProgramError: The model or the guide fails on the batch.
             ObjectiveError: Pyro's loss of the pair fails.
         """
-        self._plate_scale["data"] = plate_scale(model, batch)
+        scale = plate_scale(model, batch)
+        self._full_size.clear()
+        if scale != 1:  # Pyro scales its loss to N, whatever the batch
+            self._full_size["data"] = scale * leading_size(batch)
         args, kwargs = arguments(batch)
+        with quiet(batch):
+            attempt("guide", guide, batch)
         try:
             with quiet(batch), torch.enable_grad():
                 self.elbo.differentiable_loss(model, guide, *args, **kwargs)
         except Exception as error:
             raise ObjectiveError(
                 f"{type(self.elbo).__name__} failed on the batch ({reason(error)}): give it the "
-                "options that it asks for, or use pvae.vae()"
+                "options that it asks for, or use pvae.vae(), which says more"
             ) from error
 
     def evaluate(
@@ -532,7 +538,7 @@ class PyroObjective:
             total = torch.as_tensor(
                 self.elbo.loss(model, guide, *args, **kwargs), dtype=torch.float64, device=device
             )
-        loss = total / (rows * self._plate_scale.get("data", 1.0))
+        loss = total / self._full_size.get("data", rows)
         bound = -loss.detach().expand(rows)
         unknown = torch.full_like(bound, float("nan"))
         return Loss(loss=loss, bound=bound, elbo=bound, reconstruction=unknown, kl=unknown)

@@ -28,11 +28,20 @@ from pvae.engine import (
     seed_noise,
 )
 from pvae.errors import OptionError, ProgramError, did_you_mean
+from pvae.evidence.importance import evaluation
 from pvae.interrupts import Interrupts
 from pvae.launchers import leads
-from pvae.loop import Loop, Run
+from pvae.loop import EVALUATION_BATCH, Loop, Run
 from pvae.objectives import Objective, PyroObjective, as_objective
-from pvae.particles import Layout, arguments, check_support, module_of, named_tensors, parameters
+from pvae.particles import (
+    Layout,
+    arguments,
+    check_support,
+    module_of,
+    named_tensors,
+    parameters,
+    reason,
+)
 from pvae.precision import precision_context
 from pvae.recipes import vae
 from pvae.resumption import Saver, as_every, check_folder, environment, taken
@@ -180,6 +189,10 @@ def fit(
         if layout is not None and preprocess is None:
             _check_all_supports(layout, data)
         weights = parameters(model, guide, example)
+        with evaluation(model, guide, seed=seed, device=where):
+            _check_rows(model, guide, data, total % batch_size, where, preprocess)
+            if held_out is not None:
+                _check_rows(model, guide, held_out, num_rows(held_out) % EVALUATION_BATCH, where)
         if not weights:
             raise ProgramError(
                 "there is nothing to train: neither model nor guide has parameters (nn.Parameter, "
@@ -256,6 +269,27 @@ def _check_options(
         raise OptionError(f"valid_every must be at least 1 epoch, got {valid_every}")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+
+
+def _check_rows(
+    model: Any,
+    guide: Any,
+    data: Any,
+    rows: int,
+    device: torch.device,
+    preprocess: Callable[[Any], Any] | None = None,
+) -> None:
+    """Refuse programs of one batch size alone: the last batch is shorter, those held out too."""
+    if not rows:
+        return
+    batch = take(data, torch.arange(rows, device=device))
+    try:
+        parameters(model, guide, batch if preprocess is None else preprocess(batch))
+    except Exception as error:
+        raise ProgramError(
+            f"the programs fail on a batch of {rows} rows, such as the last one ({reason(error)}): "
+            "write them for any number of rows, or choose another batch_size"
+        ) from error
 
 
 def _checked_sizes(sizes: torch.Tensor | None, total: int) -> torch.Tensor | None:

@@ -547,6 +547,27 @@ def test_losses_that_pyro_does_not_differentiate_are_refused(pair, theirs, words
         pvae.fit(*pair, objective=theirs, epochs=1, batch_size=4, progress=False)
 
 
+def test_pyros_loss_of_a_subsampled_plate_is_per_datum_for_any_batch():
+    """A shorter last batch, or one held out, is scaled up to N by another factor."""
+
+    def model(x):
+        with pyro.plate("data", 40, subsample=x, dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):  # the exact posterior
+        with pyro.plate("data", 40, subsample=x, dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    x = torch.randn(8, dtype=torch.float64)
+    objective = as_objective(Trace_ELBO())
+    objective.prepare(model, guide, x)
+    for rows in (8, 3):
+        exact = dist.Normal(0.0, 2**0.5).log_prob(x[:rows]).mean().item()
+        loss = objective.evaluate(model, guide, x[:rows]).loss.item()
+        assert loss == pytest.approx(-exact, abs=1e-6)
+
+
 def test_pyros_loss_is_read_in_double_precision(pair):
     objective = as_objective(Trace_ELBO())
     objective.prepare(*pair)

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pvae
@@ -116,6 +117,22 @@ def test_history_counts_a_partial_batch_by_its_rows():
     )
     assert run.history[0]["bound"] == pytest.approx(expected, abs=1e-9)
     assert run.history[0]["step"] == 3
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(33, 16), (32, 5)], ids=["last", "held out"])
+@pytest.mark.parametrize("objective", [pvae.vae(), Trace_ELBO()], ids=["ours", "pyros"])
+def test_programs_of_one_batch_size_are_refused_before_they_meet_another(objective, rows, held_out):
+    model, guide = small_pair()
+
+    def fixed(x):
+        guide(x.view(16, 6))
+
+    short = min(rows % 16 or 16, held_out)
+    with pytest.raises(ProgramError, match=f"fail on a batch of {short} rows, .*shape '.16, 6.'"):
+        pvae.fit(
+            model, fixed, small_data(rows), valid=small_data(held_out), objective=objective,
+            epochs=1, batch_size=16, progress=False,
+        )  # fmt: skip
 
 
 def test_same_seed_same_bytes_and_another_seed_others():

@@ -41,7 +41,7 @@ from pvae.particles.programs import (
     site_priors,
 )
 from pvae.particles.reading import ModelSite, read_dependencies, read_model
-from pvae.particles.running import quiet, reason
+from pvae.particles.running import attempt, quiet, reason
 from pvae.particles.simulation import check_dreams, sample_observed, simulate
 from pvae.particles.supports import base_family, check_support, support_of
 from pvae.particles.types import (
@@ -72,6 +72,7 @@ __all__ = [
     "Relaxed",
     "Scale",
     "arguments",
+    "attempt",
     "base_family",
     "by_datum",
     "by_program",
