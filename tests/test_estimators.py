@@ -28,6 +28,7 @@ from programs import (
     linear_gaussian,
     z_score,
 )
+from pyro import poutine
 from torch import nn
 
 import pvae
@@ -410,6 +411,32 @@ def rebar_bias(pair, gradient, num_particles, *, beta=1.0, size=40_000):
 @pytest.mark.parametrize("pair", [DiscreteSite(), ThreeClasses()], ids=lambda p: type(p).__name__)
 def test_rebar_is_unbiased_whatever_its_control_variate(pair, gradient, num_particles, beta):
     assert rebar_bias(pair, gradient, num_particles, beta=beta) < SE
+
+
+@pytest.mark.parametrize("gradient", [rebar(), disarm], ids=repr)
+def test_rows_that_are_masked_out_have_no_gradient(gradient):
+    """Nor noise: their control variate is masked too."""
+    logits = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    ok = torch.tensor([True, False, True])
+
+    def model(x):
+        with pyro.plate("data", 3, dim=-1), poutine.mask(mask=ok):
+            z = pyro.sample("z", dist.Bernoulli(x.new_full((2,), 0.3)).to_event(1))
+            pyro.sample("x", dist.Normal(z.cos(), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 3, dim=-1), poutine.mask(mask=ok):
+            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
+
+    x = torch.randn(3, 2, dtype=torch.float64)
+    objective = pvae.Objective(gradient=gradient, num_particles=2)
+    layout = objective.prepare(model, guide, x)
+    found = torch.zeros_like(logits)
+    for _ in range(10):  # antithetic draws of one sign have no gradient either
+        loss = objective.evaluate(model, guide, x, layout=layout).loss
+        found = found + torch.autograd.grad(loss, logits)[0].abs()
+    assert bool((found[1] == 0).all())
+    assert bool((found[[0, 2]] > 0).all())
 
 
 def test_rebar_of_no_strength_is_leave_one_out_for_every_draw():

@@ -17,6 +17,7 @@ from pvae.particles.types import Batch, Layout, sum_terms
 __all__ = [
     "local_terms",
     "log_density",
+    "masked",
     "node_log_prob",
     "node_term",
     "node_terms",
@@ -28,12 +29,16 @@ def node_log_prob(node: Any, value: Tensor | None = None) -> Tensor:
     """Unscaled log density of a site, zero where it is masked out."""
     value = _filled(node) if value is None else value
     log_prob: Tensor = node["fn"].log_prob(value, *node["args"], **node["kwargs"])
-    mask = node["mask"]
+    return masked(log_prob, node["mask"])
+
+
+def masked(log_prob: Tensor, mask: Any, event_dim: int = 0) -> Tensor:
+    """A log density, zero where the mask of its batch shape is false."""
     if mask is None or mask is True:
         return log_prob
     if mask is False:
         return torch.zeros_like(log_prob)
-    return torch.where(mask, log_prob, log_prob.new_zeros(()))
+    return torch.where(mask.reshape(mask.shape + (1,) * event_dim), log_prob, 0.0)
 
 
 def _filled(node: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pvae.errors import ProgramError
 from pvae.particles.choosing import weigh_chosen
-from pvae.particles.densities import local_terms, node_term, node_terms
+from pvae.particles.densities import local_terms, masked, node_term, node_terms
 from pvae.particles.inspection import inspect
 from pvae.particles.plates import count_data
 from pvae.particles.running import quiet, reason, replay, run_guide
@@ -222,8 +222,11 @@ def _relaxed(
         ) from error
     local = local_terms(terms)
     likelihood = sum_terms({n: t for n, t in local.items() if n in layout.observed})
-    kl = density(node["fn"], leaf) - density(trace.nodes[name]["fn"], leaf)
-    kl = kl.reshape(num_particles, num_data, -1).sum(-1)
+    log_q, log_p = (
+        masked(density(site["fn"], leaf), site["mask"], site["fn"].event_dim)
+        for site in (node, trace.nodes[name])
+    )
+    kl = (log_q - log_p).reshape(num_particles, num_data, -1).sum(-1)
     return Relaxed(name, leaf, path, likelihood, kl)
 
 
