@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from pvae.bounds import RenyiBound, check_bound, elbo
-from pvae.errors import ObjectiveError, PvaeError
+from pvae.errors import ObjectiveError
 from pvae.gradients import Gradient, Terms, pathwise, stick_the_landing
 from pvae.kl_terms import FreeBits, KLTerm
 from pvae.particles import (
@@ -110,8 +110,8 @@ class Objective:
             raise ObjectiveError(
                 f"num_particles must be a whole number of at least 1, got {self.num_particles!r}"
             )
-        first = _first_weight(self.beta)
-        if not (isinstance(first, Real) and 0 <= first < inf):
+        is_schedule = callable(self.beta) and not isinstance(self.beta, type)
+        if not is_schedule and not (isinstance(self.beta, Real) and 0 <= self.beta < inf):
             raise ObjectiveError(
                 "beta must be finite and not negative, or a schedule step -> such a number, got "
                 f"{self.beta!r}"
@@ -457,14 +457,6 @@ def _register(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             pyro.param(param_with_module_name(_store_name(module), name), parameter)
-
-
-def _first_weight(beta: Any) -> Any:
-    """A weight as it is, a schedule's first; ``None`` for what is no schedule."""
-    try:
-        return float(beta(0)) if callable(beta) else beta
-    except (TypeError, ValueError, PvaeError):
-        return None
 
 
 def _relative(scale: Any, plate_scale: float) -> Any:
