@@ -61,7 +61,7 @@ def fit(
     patience: int | None = None,
     parts: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
-    bucket_by: torch.Tensor | None = None,
+    bucket_by: Any = None,
     engine: str = "auto",
     precision: str = "full",
     device: str = "auto",
@@ -149,7 +149,7 @@ def fit(
     """
     started = time.perf_counter()
     goal = as_objective(vae() if objective is None else objective)
-    _check_options(epochs, batch_size, patience, engine, valid, valid_every)
+    _check_options(epochs, batch_size, patience, engine, valid, valid_every, clip_norm)
     plan = as_alternate(alternate)
     _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
@@ -222,8 +222,10 @@ def fit(
                 "on_nan": on_nan,
                 "parameters": {name: list(each.shape) for name, each in weights.items()},
             } | ({"parts": pieces} if pieces > 1 else {})  # fmt: skip
-            if bucket_by is not None:
-                record["bucket_by"] = bucket_by.tolist()
+            if loop.bucket_by is not None:
+                record["bucket_by"] = loop.bucket_by.tolist()
+            if valid_every != 1:
+                record["valid_every"] = valid_every
             facts = _facts(record, data, held_out, where) if every is not None or resume else {}
             if resume:
                 loop.resume(folder / "checkpoints", facts)
@@ -241,7 +243,13 @@ def fit(
 
 
 def _check_options(
-    epochs: int, batch_size: int, patience: int | None, engine: str, valid: Any, valid_every: int
+    epochs: int,
+    batch_size: int,
+    patience: int | None,
+    engine: str,
+    valid: Any,
+    valid_every: int,
+    clip_norm: float | None,
 ) -> None:
     if epochs < 1 or batch_size < 1:
         raise OptionError(
@@ -256,15 +264,20 @@ def _check_options(
         raise OptionError(f"valid_every must be at least 1 epoch, got {valid_every}")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise OptionError(f"clip_norm must be positive, or None for no clipping, got {clip_norm}")
 
 
-def _checked_sizes(sizes: torch.Tensor | None, total: int) -> torch.Tensor | None:
-    if sizes is not None and sizes.shape != (total,):
+def _checked_sizes(sizes: Any, total: int) -> torch.Tensor | None:
+    if sizes is None:
+        return None
+    sizes = torch.as_tensor(sizes).cpu()
+    if sizes.shape != (total,):
         raise OptionError(
             f"bucket_by has a number for each of {total} training rows, got shape "
             f"{tuple(sizes.shape)}"
         )
-    return None if sizes is None else sizes.cpu()
+    return sizes
 
 
 def _check_parts(

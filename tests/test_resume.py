@@ -282,6 +282,7 @@ def test_without_a_checkpoint_it_begins(tmp_path):
         ({"seed": 3, "clip_norm": 2.0}, "clip_norm was None and is 2.0; seed was 0 and is 3"),
         ({"valid": False}, "valid was '[0-9a-f]{20,}"),
         ({"alternate": 2}, "alternate was None and is 'Alternate"),
+        ({"valid_every": 2}, "valid_every was None and is 2"),
         ({"optimizer": "sgd"}, r"optimizer was \['Adam'\] and is \['SGD'\]"),
     ],
 )

@@ -253,7 +253,7 @@ def test_batches_of_similar_rows_hold_each_row_once_an_epoch():
 
     x = small_data(50)
     x[:, 0] = torch.arange(50).float()[torch.randperm(50)]
-    for size in (x[:, 0], None):
+    for size in (x[:, 0], x[:, 0].tolist(), None):
         seen.clear()
         pvae.fit(
             *small_pair(), x, epochs=2, batch_size=8, preprocess=look, bucket_by=size,
@@ -473,6 +473,15 @@ def test_scale_of_the_program_weighs_the_loss_and_not_the_bound():
         ({"optimizer_options": {"momentun": 1}}, OptionError, "refused its options"),
         ({"lr_schedule": "cosinus"}, OptionError, "did you mean 'cosine'"),
         ({"patience": 3}, OptionError, "needs held-out data"),
+        ({"lr_schedule": None}, OptionError, "no lr_schedule is called None"),
+        ({"clip_norm": 0.0}, OptionError, "clip_norm must be positive"),
+        ({"clip_norm": -1.0}, OptionError, "clip_norm must be positive"),
+        ({"clip_norm": math.nan}, OptionError, "clip_norm must be positive"),
+        ({"optimizer": torch.optim.LBFGS}, OptionError, "LBFGS needs a closure"),
+        ({"optimizer": torch.optim.SparseAdam}, OptionError, "SparseAdam needs"),
+        ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, OptionError, "a name in torch.optim"),
+        ({"optimizer_options": {"differentiable": True}}, OptionError, "refused its options"),
+        ({"bucket_by": [1.0, 2.0]}, OptionError, "a number for each of 50 training rows"),
         ({"engine": "warp"}, OptionError, "no engine is called 'warp'"),
         ({"device": "cuda:7"}, OptionError, "cannot be used"),
         ({"device": "nonsense"}, OptionError, "cannot be used"),
