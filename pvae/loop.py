@@ -496,8 +496,8 @@ class Loop:
         """Every parameter and buffer of the pair, by name, each tensor once."""
         state = named_tensors(self.run.model, self.run.guide)
         seen = {id(tensor) for tensor in state.values()}
-        stored = self.problem.parameters.items()
-        return state | {name: tensor for name, tensor in stored if id(tensor) not in seen}
+        stored = {**self.problem.parameters, **self.problem.frozen}
+        return state | {name: tensor for name, tensor in stored.items() if id(tensor) not in seen}
 
     def _restore(self) -> None:
         if self.best_state is not None:

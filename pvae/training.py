@@ -95,7 +95,8 @@ def fit(
         valid_every: Epochs from one such look at it to the next; the last epoch always has one.
         epochs: Passes over the data.
         batch_size: Data per step; the last batch of an epoch may be smaller.
-        optimizer: Name in ``torch.optim`` (adam, sgd, rmsprop, …), class, or instance.
+        optimizer: Name in ``torch.optim`` (adam, sgd, rmsprop, …), class, or instance; what an
+            instance does not hold stays as it is.
         lr: Learning rate.
         optimizer_options: Further arguments of the optimiser.
         lr_schedule: ``"constant"``, ``"cosine"``, ``"linear"`` or a callable ``step -> factor``.
@@ -191,9 +192,10 @@ def fit(
         weights |= goal.parameters()
         _check_learned(goal, optimizer)
         optim = build(list(weights.values()))
+        weights, frozen = _held(optim, weights)
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
-            clip_norm, precision, parts=pieces, group=group,
+            clip_norm, precision, frozen, parts=pieces, group=group,
         )  # fmt: skip
         rows = torch.arange(min(batch_size, total), device=where)
         if pieces > 1:
@@ -340,6 +342,7 @@ def _start_alike(group: Group, problem: Problem, batch_size: int, epochs: int, v
     )
     tensors = [
         *problem.parameters.values(),
+        *problem.frozen.values(),
         *problem.buffers(),
         *named_tensors(problem.model, problem.guide).values(),  # those that are frozen too
     ]
@@ -353,6 +356,20 @@ def _check_learned(goal: Any, optimizer: Any) -> None:
             f"{next(iter(goal.parameters()))} is learned beside the pair, and an optimizer that is "
             "made already does not hold it: pass optimizer= by name or class"
         )
+
+
+def _held(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parameters that an optimiser moves, and those that one made before does not hold."""
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    moved = {name: weight for name, weight in weights.items() if id(weight) in held}
+    if not moved:
+        raise OptionError(
+            "the optimizer holds no parameter of model or guide: make it over those, or pass "
+            "optimizer= by name or class"
+        )
+    return moved, {name: weight for name, weight in weights.items() if name not in moved}
 
 
 def _check_on_nan(on_nan: str, device: torch.device) -> None:

@@ -125,6 +125,24 @@ def test_every_optimizer_moves_alike_in_and_after_the_graph(optimizer, options, 
     assert_same(eager, inside, 1e-9)
 
 
+def test_what_an_optimizer_does_not_hold_stays_and_is_clipped_by_in_no_engine(monkeypatch):
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
+    ends = []
+    for engine in ("eager", "staged", "compiled"):
+        model, guide = make_pair()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(guide.parameters(), lr=1e-2)
+        run = pvae.fit(
+            model, guide, data(), optimizer=optimizer, clip_norm=0.5, engine=engine, epochs=3,
+            batch_size=10, progress=False,
+        )  # fmt: skip
+        assert run.num_parameters == sum(p.numel() for p in guide.parameters())
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        ends.append(torch.cat([p.detach().flatten() for p in guide.parameters()]))
+    assert torch.allclose(ends[0], ends[1], atol=1e-10)
+    assert torch.allclose(ends[0], ends[2], atol=1e-10)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_clipping_weights_and_partial_batches(compiled, monkeypatch):
     monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)

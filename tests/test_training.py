@@ -480,6 +480,11 @@ def test_scale_of_the_program_weighs_the_loss_and_not_the_bound():
         ({"optimizer": torch.optim.LBFGS}, OptionError, "LBFGS needs a closure"),
         ({"optimizer": torch.optim.SparseAdam}, OptionError, "SparseAdam needs"),
         ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, OptionError, "a name in torch.optim"),
+        (
+            {"optimizer": torch.optim.Adam([torch.zeros(1, requires_grad=True)])},
+            OptionError,
+            "holds no parameter",
+        ),
         ({"optimizer_options": {"differentiable": True}}, OptionError, "refused its options"),
         ({"bucket_by": [1.0, 2.0]}, OptionError, "a number for each of 50 training rows"),
         ({"engine": "warp"}, OptionError, "no engine is called 'warp'"),
