@@ -269,15 +269,24 @@ def test_fit_by_any_engine_ends_at_the_same_parameters():
 def test_auto_takes_what_pays():
     problem = make_problem()
     said = []
-    short = Auto(problem, total_steps=10, say=said.append)
+    short = Auto(problem, torch.arange(10), total_steps=10, say=said.append)
     take_steps(short, 8)
     assert short.name == "eager"
-    long = Auto(make_problem(), total_steps=20_000, say=said.append)
+    long = Auto(make_problem(), torch.arange(10), total_steps=20_000, say=said.append)
     long._compiling_pays = float("inf")
     take_steps(long, 8)
     assert long.name == "staged"
     assert len(said) == 2
     assert "would not pay" in said[0]
+
+
+def test_auto_stages_the_usual_batch_though_it_decides_at_the_last_of_an_epoch(monkeypatch):
+    monkeypatch.setattr(Auto, "_staging_pays", 0.0)
+    monkeypatch.setattr(Auto, "_compiling_pays", float("inf"))
+    staged: list[int] = []
+    monkeypatch.setattr(Staged, "_verify", lambda step, index, before: staged.append(len(index)))
+    pvae.fit(*make_pair(), data(), epochs=2, batch_size=9, progress=False)  # 9, 9, 9, 9, 4
+    assert staged == [9]
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
