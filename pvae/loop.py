@@ -48,7 +48,7 @@ class Run:
         guide: The inference program, likewise.
         objective: What was maximised.
         history: One dict per epoch: bound, elbo, reconstruction, kl (train and valid_*) in nats per
-            datum, beta, lr, seconds (without tracing and compiling), steps_per_second; with
+            datum (NaN where all rows of an epoch were left out), beta, lr, seconds (without tracing and compiling), steps_per_second; with
             ``alternate`` also e_steps, m_steps and joint_steps.
         best_epoch: The epoch whose parameters were kept.
         num_parameters: Number of trained numbers.
@@ -299,7 +299,7 @@ class Loop:
         seconds = place.epoch_seconds = self._epoch_seconds()
         self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
         row: dict[str, float] = {"epoch": place.epoch, "step": place.step}
-        means = (self.sums / max(total - place.left_out, 1)).tolist()
+        means = (self.sums / (total - place.left_out)).tolist()  # of no step: not a number
         row |= _known(zip(METRICS, means, strict=True))
         row["beta"] = float(self.problem.objective.schedule(place.step - 1))
         row["lr"] = float(self.problem.optimizer.param_groups[0]["lr"])
@@ -321,6 +321,8 @@ class Loop:
         self._set_lr(place.step)
         if self.group is not None:
             self.group.asked = self.interrupts.number
+        skips = self.on_nan == "skip"
+        before = [buffer.clone() for buffer in self.problem.buffers()] if skips else []
         try:
             beta = float(self.problem.objective.schedule(place.step))
             return self.step(index, place.step, beta)
@@ -332,6 +334,8 @@ class Loop:
             elif not self.has_warned:
                 warnings.warn(f"left out: epoch {place.epoch}, {error}", UserWarning, stacklevel=2)
             self.has_warned = True
+            for buffer, kept in zip(self.problem.buffers() if skips else [], before, strict=True):
+                buffer.copy_(kept)  # what the step had made of statistics is left out too
             place.left_out += len(index)
             return torch.zeros(len(METRICS), device=self.problem.device)
 
@@ -443,7 +447,7 @@ class Loop:
 
     def _check_finite(self, row: Mapping[str, float]) -> None:
         """The guard of devices whose steps are not waited for: once an epoch."""
-        if not math.isfinite(row["bound"]):
+        if not math.isfinite(row["bound"]) and self.place.left_out < self.problem.num_data:
             raise NonFiniteError(
                 f"epoch {row['epoch']}: the bound is not finite; the parameters are those of epoch "
                 f"{self.run.best_epoch}: lower lr or clip the gradient (clip_norm)"

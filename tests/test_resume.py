@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -502,6 +503,36 @@ def test_skipped_steps_move_nothing_and_count_in_no_mean(tmp_path, monkeypatch, 
     assert all(row["left_out"] in (5, 6) for row in run.history)  # the batch of row 3
     assert run.history[-1]["step"] == 12
     assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
+
+
+class Masked(Normalised):
+    """As far as its batch is finite, a guide; its buffers take in all of it."""
+
+    def forward(self, x: Tensor) -> None:
+        super().forward(torch.where(x > 50, torch.inf, x))
+
+
+@pytest.mark.parametrize("engine", ["eager", "staged"])
+def test_skipped_steps_leave_buffers_as_they_were(engine):
+    x = data()
+    x[20, 0] = 100.0  # the pair is looked at on the first rows
+    torch.manual_seed(0)
+    model, guide = poisoned_pair()[0], Masked()
+    options = {"epochs": 2, "batch_size": 6, "engine": engine, "progress": False}
+    with pytest.warns(UserWarning, match="left out: epoch 1, step"):
+        run = pvae.fit(model, guide, x, valid=data(30)[23:], on_nan="skip", **options)
+    assert all(bool(torch.isfinite(buffer).all()) for buffer in guide.buffers())
+    assert all(math.isfinite(row["valid_bound"]) for row in run.history)
+
+
+def test_an_epoch_of_which_nothing_was_taken_has_no_bound():
+    x = data()
+    x[3, 0] = 100.0
+    options = {"epochs": 2, "batch_size": len(x), "engine": "eager", "progress": False}
+    with pytest.warns(UserWarning, match="left out"):
+        run = pvae.fit(*poisoned_pair(), x, on_nan="skip", **options)
+    assert [row["left_out"] for row in run.history] == [len(x)] * 2
+    assert all(math.isnan(row["bound"]) for row in run.history)
 
 
 # --- the command line ----------------------------------------------------------------------------
