@@ -48,8 +48,9 @@ class Run:
         guide: The inference program, likewise.
         objective: What was maximised.
         history: One dict per epoch: bound, elbo, reconstruction, kl (train and valid_*) in nats per
-            datum (NaN where all rows of an epoch were left out), beta, lr, seconds (without tracing and compiling), steps_per_second; with
-            ``alternate`` also e_steps, m_steps and joint_steps.
+            datum (NaN where all rows of an epoch were left out), beta, lr, seconds (without tracing
+            and compiling), steps_per_second; with ``alternate`` also e_steps, m_steps and
+            joint_steps.
         best_epoch: The epoch whose parameters were kept.
         num_parameters: Number of trained numbers.
         seconds: Time of the training.

@@ -27,7 +27,7 @@ from pvae.engine import (
     build_optimizer,
     seed_noise,
 )
-from pvae.errors import OptionError, ProgramError, did_you_mean
+from pvae.errors import DataError, OptionError, ProgramError, did_you_mean
 from pvae.interrupts import Interrupts
 from pvae.launchers import leads
 from pvae.loop import Loop, Run
@@ -180,6 +180,11 @@ def fit(
         layout = goal.prepare(model, guide, example)
         if layout is not None and preprocess is None:
             _check_all_supports(layout, data)
+        if layout is not None and valid is not None:  # no preprocess makes bits of these
+            try:
+                _check_all_supports(layout, held_out)
+            except DataError as error:
+                raise DataError(f"valid: {error}") from None
         weights = parameters(model, guide, example)
         if not weights:
             raise ProgramError(

@@ -529,6 +529,18 @@ def _fixed_guide(x: torch.Tensor) -> None:
         pyro.sample("z", dist.Normal(x / 2, 1).to_event(1))
 
 
+def test_held_out_data_outside_the_support_are_refused():
+    torch.manual_seed(0)
+    model = VAE(6, z_dim=2, hidden=(8,), likelihood="bernoulli")
+    bits = (small_data() > 0).float()
+    for preprocess in (None, torch.bernoulli):
+        with pytest.raises(DataError, match=r"valid: .*site 'x'.* row 1 of the data has 0.5"):
+            pvae.fit(
+                model, Gaussian(6, model.latents, hidden=(8,)), bits, epochs=1,
+                valid=torch.tensor([[0.0] * 6, [0.5] * 6]), preprocess=preprocess, progress=False,
+            )  # fmt: skip
+
+
 def test_fewer_rows_than_a_batch_is_one_batch():
     model, guide = small_pair()
     run = pvae.fit(model, guide, small_data(3), epochs=2, batch_size=128, progress=False)
