@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from pvae.alternation import Alternate, Turns
-from pvae.checkpoints import Saved, newest, save_tensors, set_aside, steps, write_aside
+from pvae.checkpoints import Saved, newest, save_tensors, set_aside_after, write_aside
 from pvae.data import num_rows, take
 from pvae.distributed import Group, agree
 from pvae.engine import METRICS, Eager, Problem, Step, metrics, mix, seed_noise, stage
 from pvae.errors import NonFiniteError, RunError
 from pvae.evidence.importance import evaluation
-from pvae.interrupts import Interrupts, leave
+from pvae.interrupts import Interrupts
 from pvae.launchers import leads
 from pvae.objectives import Objective, PyroObjective
 from pvae.particles import named_tensors
 from pvae.parts import cut, own
 from pvae.progress import Reporter
-from pvae.resumption import Place, Saver, pack, refuse_difference, unpack, unwritable
+from pvae.resumption import Place, Saver, heed, pack, refuse_difference, unpack, unwritable
 from pvae.rollback import MOST, GoodStates, rate_factor
 from pvae.schedules import Schedule
 from pvae.trackers import Tracker
@@ -149,10 +149,8 @@ class Loop:
                 f"{self.run.run_dir} has done {self.place.epoch - 1} epochs already: epochs must "
                 f"be at least that, got {self.epochs}"
             )
-        for later in steps(root)[::-1] if leads(self.group) else []:
-            if later == folder:
-                break
-            set_aside(later)  # damaged
+        if leads(self.group):
+            set_aside_after(folder)
 
     def _put_back(self, folder: Path, saved: Saved, facts: Mapping[str, Any]) -> None:
         about = saved[1]
@@ -234,14 +232,9 @@ class Loop:
         self.place.engine = f"{self.step.name} ({self.step.reason})"
 
     def _heed(self) -> None:
-        """Between two steps: a checkpoint if it is time for one, and what a signal asks for."""
-        number = self.interrupts.number
-        if self.group is not None:  # all ranks stop after the same step
-            number = self.group.heard
-        if self.saver is not None and (number is not None or self.saver.is_due(self.place)):
-            self._save()
-        if number is not None:
-            leave(number, f"interrupted after step {self.place.step}")
+        # All ranks stop after the same step.
+        number = self.interrupts.number if self.group is None else self.group.heard
+        heed(number, self.saver, self.place, self._save)
 
     def _save(self) -> None:
         if self.saver is None:

@@ -278,13 +278,13 @@ def _check_options(
 def _checked_sizes(sizes: Any, total: int) -> torch.Tensor | None:
     if sizes is None:
         return None
-    sizes = torch.as_tensor(sizes).cpu()
-    if sizes.shape != (total,):
+    numbers: torch.Tensor = torch.as_tensor(sizes).cpu()
+    if numbers.shape != (total,):
         raise OptionError(
             f"bucket_by has a number for each of {total} training rows, got shape "
-            f"{tuple(sizes.shape)}"
+            f"{tuple(numbers.shape)}"
         )
-    return sizes
+    return numbers
 
 
 def _check_parts(

@@ -408,6 +408,14 @@ def test_a_signal_during_validation_saves_too(tmp_path, monkeypatch, at_step):
     assert end(resumed(tmp_path / "run", checkpoint_every="3 epochs")) == whole
 
 
+def test_a_signal_in_the_last_step_ends_the_process_when_all_is_written(tmp_path, at_step):
+    whole = end(fitted(tmp_path / "whole", small_pair, engine="eager", valid=False))
+    at_step(15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        fitted(tmp_path / "run", small_pair, engine="eager", valid=False)
+    assert end(resumed(tmp_path / "run", valid=False)) == whole
+
+
 def test_a_second_signal_leaves_at_once(tmp_path, at_step):
     after = []
 
