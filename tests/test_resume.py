@@ -549,6 +549,18 @@ WORDS = ["factor-analysis", "--epochs", "3", "--model.z_dim", "2", "--guide.hidd
          "--engine", "eager"]  # fmt: skip
 
 
+@pytest.mark.parametrize("game", [(), ("--game", "avb")])
+def test_what_is_refused_of_a_run_is_not_written_into_it(tmp_path, monkeypatch, game):
+    monkeypatch.chdir(tmp_path)
+    words = ["vae", *game, "--epochs", "2", "--model.hidden", "[4]", "--run-dir", "run"]
+    assert main(["train", *words]) == 0
+    written = Path("run/config.yaml").read_bytes()
+    for option, value in (("epochs", "1"), ("epochs", "0"), ("keep_checkpoints", "0")):
+        assert main(["train", "--resume", "run", f"--{option}", value]) in (2, 66)
+        assert Path("run/config.yaml").read_bytes() == written
+    assert main(["train", "--resume", "run"]) == 0
+
+
 def test_the_command_line_resumes(tmp_path, monkeypatch, at_step, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *WORDS, "--run-dir", "whole"]) == 0
