@@ -305,6 +305,8 @@ def test_a_bar_on_a_terminal_shows_bound_parts_and_speed(monkeypatch, capsys):
         assert reporter.bar.tasks[0].description.startswith("bound -5.0 (rec -4.0, KL 1.0) nats,")
         reporter.step(torch.tensor([-50.0, -50.0, math.nan, math.nan]), 10)
         assert "rec" not in reporter.bar.tasks[0].description
+        reporter.say("engine eager instead of staged: [aten.mm] of [/x]")
+    assert "[aten.mm] of [/x]" in capsys.readouterr().err
 
 
 class Poisoned(nn.Module):
