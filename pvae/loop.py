@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -429,10 +429,10 @@ class Loop:
         """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
         generator = torch.Generator().manual_seed(mix(self.problem.seed, -2, epoch))
         order = torch.randperm(self.problem.num_data, generator=generator)
-        batches: Iterable[Tensor] = torch.split(order, self.batch_size)
         if self.bucket_by is not None:
-            batches = _buckets(order, self.bucket_by, self.batch_size, generator)
-        yield from (batch.to(self.problem.device) for batch in batches)
+            order = _buckets(order, self.bucket_by, self.batch_size, generator)
+        # At once: a copy to a GPU waits for all that was asked of it.
+        yield from torch.split(order.to(self.problem.device), self.batch_size)
 
     def _set_lr(self, step: int) -> None:
         factor = self.factor(step) * rate_factor(self.place.rollbacks)
@@ -541,10 +541,8 @@ def compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> N
         )
 
 
-def _buckets(
-    order: Tensor, size: Tensor, batch_size: int, generator: torch.Generator
-) -> list[Tensor]:
-    """Batches of rows of similar size, in random order; the rows left over, if any, are the last.
+def _buckets(order: Tensor, size: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Rows so that each batch has similar sizes, in random order; those left over are the last.
 
     A row's rank in size is blurred by half a batch, so that no two epochs have the same batches.
     """
@@ -554,4 +552,4 @@ def _buckets(
     blurred = rank + 0.5 * batch_size * torch.randn(whole, generator=generator)
     batches = rows[blurred.argsort()].reshape(-1, batch_size)
     batches = batches[torch.randperm(len(batches), generator=generator)]
-    return [*batches, *([rest] if len(rest) else [])]
+    return torch.cat([batches.flatten(), rest])

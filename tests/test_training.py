@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import pvae
+import pvae.loop
 import pvae.progress
 from pvae.errors import DataError, NonFiniteError, OptionError, ProgramError
 from pvae.guides.exact import Exact
@@ -268,6 +269,25 @@ def test_batches_of_similar_rows_hold_each_row_once_an_epoch():
         assert not torch.equal(epochs[0][0], epochs[1][0])
     with pytest.raises(OptionError, match="a number for each of 50 training rows"):
         pvae.fit(*small_pair(), x, bucket_by=torch.arange(3))
+
+
+@pytest.mark.parametrize("size", [None, torch.arange(50)])
+def test_the_order_of_an_epoch_is_moved_to_the_device_once(monkeypatch, size):
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            copies.append(func is torch.Tensor.to)
+            return func(*args, **(kwargs or {}))
+
+    def watched(loop, epoch):
+        with Watch():
+            batches = list(make(loop, epoch))
+        return iter(batches)
+
+    copies: list[bool] = []
+    make = pvae.loop.Loop._batches
+    monkeypatch.setattr(pvae.loop.Loop, "_batches", watched)
+    pvae.fit(*small_pair(), small_data(50), epochs=1, batch_size=8, bucket_by=size, progress=False)
+    assert sum(copies) == 1
 
 
 def test_metrics_file_has_one_strict_json_line_per_epoch(tmp_path):
