@@ -181,6 +181,8 @@ class Loop:
             if log is not None:
                 log.close()
             self._restore()
+            for group, rate in self.rates:  # an optimizer made before may be used again
+                group["lr"] = rate
             self.run.seconds, self.run.engine = self.place.seconds, self.place.engine
             self.run.staging_seconds = self.place.staging_seconds
         if folder is not None:

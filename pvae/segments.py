@@ -79,8 +79,6 @@ def fit_in_segments(
     whole = Run(model, guide, objective, num_parameters=sum(w.numel() for w in weights))
     done = _resume(whole, optimizer, folder)
     while done < passes:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         count = min(segment, passes - done)
         part = fit(
             model, guide, dataset.train_raw, objective=objective, epochs=count,

@@ -24,6 +24,7 @@ from pvae.models.factor_analysis import FactorAnalysis
 from pvae.models.gaussian_mixture import GaussianMixture
 from pvae.models.vae import VAE
 from pvae.particles import parameters
+from pvae.precision import precision_context
 from pvae.schedules import Linear
 from pvae.staging import StagingError
 
@@ -382,6 +383,14 @@ def test_bfloat16_rounds_the_layers_and_nothing_else():
     assert_same(half, staged, 1e-5)
     for p in rounded.problem.parameters.values():
         assert p.dtype == torch.float32
+
+
+def test_bfloat16_takes_layers_called_by_name():
+    x, weight = torch.rand(3, 5), torch.rand(2, 5)
+    with precision_context("bfloat16"):
+        named = torch.nn.functional.linear(input=x, weight=weight)
+        assert torch.equal(named, torch.nn.functional.linear(x, weight))
+    assert not torch.equal(named, torch.nn.functional.linear(x, weight))
 
 
 def test_double_precision_is_never_rounded():

@@ -160,6 +160,7 @@ def test_optimizer_instance_schedule_and_clipping():
     rates = [row["lr"] for row in run.history]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.1  # for whoever goes on with it
     model_again, _ = small_pair()
     moved = [
         float((a - b).detach().abs().max())
