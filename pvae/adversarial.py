@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from pvae.allocation import keep_large_blocks
-from pvae.checkpoints import fingerprint, newest, save_tensors
+from pvae.checkpoints import fingerprint, newest, save_tensors, set_aside_after
 from pvae.data import as_batch, num_rows, take
 from pvae.engine import build_optimizer, mix, seed_noise
 from pvae.errors import NonFiniteError, OptionError, RunError
-from pvae.interrupts import Interrupts, leave
+from pvae.interrupts import Interrupts
 from pvae.loop import compare_environments, open_metrics
 from pvae.progress import Reporter
 from pvae.resumption import (
@@ -37,6 +37,7 @@ from pvae.resumption import (
     as_every,
     check_folder,
     environment,
+    heed,
     pack_optimizers,
     put_back,
     refuse_difference,
@@ -313,7 +314,7 @@ class _Loop:
                 place.epoch, place.batch = place.epoch + 1, 0
                 place.epoch_seconds, self.sums = 0.0, {}
                 if place.epoch <= self.epochs:
-                    self._heed()
+                    heed(self.interrupts.number, self.saver, place, self._save)
             self._save()
         contest.seconds = place.seconds = time.perf_counter() - self.begun
         self._put_means()
@@ -338,7 +339,7 @@ class _Loop:
             self.reporter.advance()
             place.epoch_seconds = time.perf_counter() - began
             if place.batch < self.steps:
-                self._heed()
+                heed(self.interrupts.number, self.saver, place, self._save)
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         return {"epoch": place.epoch, **means, "seconds": place.epoch_seconds}
 
@@ -436,14 +437,7 @@ class _Loop:
                 f"{root.parent} has done {self.place.epoch - 1} epochs already: epochs must be at "
                 f"least that, got {self.epochs}"
             )
-
-    def _heed(self) -> None:
-        """Between two steps: a checkpoint if it is time for one, and what a signal asks for."""
-        number = self.interrupts.number
-        if self.saver is not None and (number is not None or self.saver.is_due(self.place)):
-            self._save()
-        if number is not None:
-            leave(number, f"interrupted after step {self.place.step}")
+        set_aside_after(folder)
 
     def _save(self) -> None:
         if self.saver is None or self.saver.step == self.place.step:

@@ -35,7 +35,7 @@ __all__ = [
     "newest",
     "read_safetensors",
     "save_tensors",
-    "set_aside",
+    "set_aside_after",
     "steps",
     "write_aside",
     "write_checkpoint",
@@ -188,12 +188,16 @@ def _order(folder: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2] or 1)
 
 
-def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint, so that a new one can take its place; nothing is deleted."""
-    number = 1
-    while (other := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
-        number += 1
-    folder.replace(other)
+def set_aside_after(good: Path) -> None:
+    """Rename the checkpoints after a good one, which are damaged; nothing is deleted.
+
+    New ones can then take their place, and none is kept instead of a good one.
+    """
+    for folder in [path for path in steps(good.parent) if _order(path) > _order(good)]:
+        number = 1
+        while (other := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+            number += 1
+        folder.replace(other)
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -74,10 +74,10 @@ class NonFiniteError(PvaeError):
     exit_code = 70
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """The nearest known word as a hint, else the whole list: ``"did you mean 'adam'?"``."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
 
 

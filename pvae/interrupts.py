@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "leave"]
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,6 +16,7 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 class Interrupts:
     """Within it, a first SIGINT or SIGTERM is noted in ``number``; a second one leaves at once.
 
+    One that nobody has heeded, since it came too late, ends the process when the block is done.
     Outside the main thread, where Python has no signals, nothing changes.
     """
 
@@ -38,6 +39,8 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None and self.number is not None:
+            leave(self.number, "interrupted after the last step")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from pvae.alternation import Alternate, Turns
-from pvae.checkpoints import Saved, newest, save_tensors, set_aside, steps, write_aside
+from pvae.checkpoints import Saved, newest, save_tensors, set_aside_after, write_aside
 from pvae.data import num_rows, take
 from pvae.distributed import Group, agree
 from pvae.engine import METRICS, Eager, Problem, Step, metrics, mix, seed_noise, stage
 from pvae.errors import NonFiniteError, RunError
 from pvae.evidence.importance import evaluation
-from pvae.interrupts import Interrupts, leave
+from pvae.interrupts import Interrupts
 from pvae.launchers import leads
 from pvae.objectives import Objective, PyroObjective
 from pvae.particles import named_tensors
 from pvae.parts import cut, own
 from pvae.progress import Reporter
-from pvae.resumption import Place, Saver, pack, refuse_difference, unpack, unwritable
+from pvae.resumption import Place, Saver, heed, pack, refuse_difference, unpack, unwritable
 from pvae.rollback import MOST, GoodStates, rate_factor
 from pvae.schedules import Schedule
 from pvae.trackers import Tracker
@@ -48,8 +48,9 @@ class Run:
         guide: The inference program, likewise.
         objective: What was maximised.
         history: One dict per epoch: bound, elbo, reconstruction, kl (train and valid_*) in nats per
-            datum, beta, lr, seconds (without tracing and compiling), steps_per_second; with
-            ``alternate`` also e_steps, m_steps and joint_steps.
+            datum (NaN where all rows of an epoch were left out), beta, lr, seconds (without tracing
+            and compiling), steps_per_second; with ``alternate`` also e_steps, m_steps and
+            joint_steps.
         best_epoch: The epoch whose parameters were kept.
         num_parameters: Number of trained numbers.
         seconds: Time of the training.
@@ -148,10 +149,8 @@ class Loop:
                 f"{self.run.run_dir} has done {self.place.epoch - 1} epochs already: epochs must "
                 f"be at least that, got {self.epochs}"
             )
-        for later in steps(root)[::-1] if leads(self.group) else []:
-            if later == folder:
-                break
-            set_aside(later)  # damaged
+        if leads(self.group):
+            set_aside_after(folder)
 
     def _put_back(self, folder: Path, saved: Saved, facts: Mapping[str, Any]) -> None:
         about = saved[1]
@@ -182,6 +181,8 @@ class Loop:
             if log is not None:
                 log.close()
             self._restore()
+            for group, rate in self.rates:  # an optimizer made before may be used again
+                group["lr"] = rate
             self.run.seconds, self.run.engine = self.place.seconds, self.place.engine
             self.run.staging_seconds = self.place.staging_seconds
         if folder is not None:
@@ -233,14 +234,9 @@ class Loop:
         self.place.engine = f"{self.step.name} ({self.step.reason})"
 
     def _heed(self) -> None:
-        """Between two steps: a checkpoint if it is time for one, and what a signal asks for."""
-        number = self.interrupts.number
-        if self.group is not None:  # all ranks stop after the same step
-            number = self.group.heard
-        if self.saver is not None and (number is not None or self.saver.is_due(self.place)):
-            self._save()
-        if number is not None:
-            leave(number, f"interrupted after step {self.place.step}")
+        # All ranks stop after the same step.
+        number = self.interrupts.number if self.group is None else self.group.heard
+        heed(number, self.saver, self.place, self._save)
 
     def _save(self) -> None:
         if self.saver is None:
@@ -299,7 +295,7 @@ class Loop:
         seconds = place.epoch_seconds = self._epoch_seconds()
         self.epoch_started, self.epoch_staging = time.perf_counter(), self.step.seconds
         row: dict[str, float] = {"epoch": place.epoch, "step": place.step}
-        means = (self.sums / max(total - place.left_out, 1)).tolist()
+        means = (self.sums / (total - place.left_out)).tolist()  # of no step: not a number
         row |= _known(zip(METRICS, means, strict=True))
         row["beta"] = float(self.problem.objective.schedule(place.step - 1))
         row["lr"] = float(self.problem.optimizer.param_groups[0]["lr"])
@@ -321,6 +317,8 @@ class Loop:
         self._set_lr(place.step)
         if self.group is not None:
             self.group.asked = self.interrupts.number
+        skips = self.on_nan == "skip"
+        before = [buffer.clone() for buffer in self.problem.buffers()] if skips else []
         try:
             beta = float(self.problem.objective.schedule(place.step))
             return self.step(index, place.step, beta)
@@ -332,6 +330,8 @@ class Loop:
             elif not self.has_warned:
                 warnings.warn(f"left out: epoch {place.epoch}, {error}", UserWarning, stacklevel=2)
             self.has_warned = True
+            for buffer, kept in zip(self.problem.buffers() if skips else [], before, strict=True):
+                buffer.copy_(kept)  # what the step had made of statistics is left out too
             place.left_out += len(index)
             return torch.zeros(len(METRICS), device=self.problem.device)
 
@@ -431,10 +431,10 @@ class Loop:
         """Row indices of each batch, in an order that depends on (seed, epoch) alone."""
         generator = torch.Generator().manual_seed(mix(self.problem.seed, -2, epoch))
         order = torch.randperm(self.problem.num_data, generator=generator)
-        batches: Iterable[Tensor] = torch.split(order, self.batch_size)
         if self.bucket_by is not None:
-            batches = _buckets(order, self.bucket_by, self.batch_size, generator)
-        yield from (batch.to(self.problem.device) for batch in batches)
+            order = _buckets(order, self.bucket_by, self.batch_size, generator)
+        # At once: a copy to a GPU waits for all that was asked of it.
+        yield from torch.split(order.to(self.problem.device), self.batch_size)
 
     def _set_lr(self, step: int) -> None:
         factor = self.factor(step) * rate_factor(self.place.rollbacks)
@@ -443,7 +443,7 @@ class Loop:
 
     def _check_finite(self, row: Mapping[str, float]) -> None:
         """The guard of devices whose steps are not waited for: once an epoch."""
-        if not math.isfinite(row["bound"]):
+        if not math.isfinite(row["bound"]) and self.place.left_out < self.problem.num_data:
             raise NonFiniteError(
                 f"epoch {row['epoch']}: the bound is not finite; the parameters are those of epoch "
                 f"{self.run.best_epoch}: lower lr or clip the gradient (clip_norm)"
@@ -496,8 +496,8 @@ class Loop:
         """Every parameter and buffer of the pair, by name, each tensor once."""
         state = named_tensors(self.run.model, self.run.guide)
         seen = {id(tensor) for tensor in state.values()}
-        stored = self.problem.parameters.items()
-        return state | {name: tensor for name, tensor in stored if id(tensor) not in seen}
+        stored = {**self.problem.parameters, **self.problem.frozen}
+        return state | {name: tensor for name, tensor in stored.items() if id(tensor) not in seen}
 
     def _restore(self) -> None:
         if self.best_state is not None:
@@ -543,10 +543,8 @@ def compare_environments(now: Mapping[str, Any], before: Mapping[str, Any]) -> N
         )
 
 
-def _buckets(
-    order: Tensor, size: Tensor, batch_size: int, generator: torch.Generator
-) -> list[Tensor]:
-    """Batches of rows of similar size, in random order; the rows left over, if any, are the last.
+def _buckets(order: Tensor, size: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Rows so that each batch has similar sizes, in random order; those left over are the last.
 
     A row's rank in size is blurred by half a batch, so that no two epochs have the same batches.
     """
@@ -556,4 +554,4 @@ def _buckets(
     blurred = rank + 0.5 * batch_size * torch.randn(whole, generator=generator)
     batches = rows[blurred.argsort()].reshape(-1, batch_size)
     batches = batches[torch.randperm(len(batches), generator=generator)]
-    return [*batches, *([rest] if len(rest) else [])]
+    return torch.cat([batches.flatten(), rest])

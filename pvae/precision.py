@@ -38,7 +38,7 @@ class _LayersInBfloat16(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in _LAYERS or args[0].dtype != torch.float32:
+        if func not in _LAYERS or next(iter([*args, *kwargs.values()])).dtype != torch.float32:
             return func(*args, **kwargs)
         output = func(*map(_rounded, args), **{k: _rounded(v) for k, v in kwargs.items()})
         return output.float()

@@ -86,7 +86,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self.bar is not None:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(text, highlight=False, markup=False)
         elif self.enabled:
             print(text, file=sys.stderr)
 

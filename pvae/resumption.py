@@ -9,7 +9,7 @@ import contextlib
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from pvae.checkpoints import Saved, steps, write_checkpoint
 from pvae.engine import Problem
 from pvae.errors import OptionError, RunError
+from pvae.interrupts import leave
 from pvae.locks import locked
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "check_folder",
     "environment",
     "extras",
+    "heed",
     "pack",
     "pack_optimizers",
     "put_back",
@@ -298,6 +300,21 @@ class Saver:
         }
         write_checkpoint(self.root, place.step, tensors, content, keep=self.keep)
         self.step, self.at = place.step, time.monotonic()
+
+
+def heed(number: int | None, saver: Saver | None, place: Place, save: Callable[[], None]) -> None:
+    """Between two steps: a checkpoint if it is time for one, and what a signal asks for.
+
+    Args:
+        number: That of the signal.
+        saver: What writes the checkpoints.
+        place: Where the training stands.
+        save: Writes one by it.
+    """
+    if saver is not None and (number is not None or saver.is_due(place)):
+        save()
+    if number is not None:
+        leave(number, f"interrupted after step {place.step}")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pvae.data import Dataset
 from pvae.errors import RunError
 from pvae.particles import named_tensors
 from pvae.seeds import mix
-from pvae.training import Run, fit
+from pvae.training import Run, device_of, fit
 
 __all__ = ["fit_in_segments"]
 
@@ -71,14 +71,14 @@ def fit_in_segments(
     Raises:
         RunError: A saved state is of another pair.
     """
+    for program in (model, guide):
+        program.to(device_of("auto"))  # where fit puts them: a state resumed goes there too
     weights = list(itertools.chain(model.parameters(), guide.parameters()))
     optimizer = torch.optim.Adam(weights, lr=lr, **(optimizer_options or {}))
     steps = math.ceil(len(dataset.train) / batch_size)
     whole = Run(model, guide, objective, num_parameters=sum(w.numel() for w in weights))
     done = _resume(whole, optimizer, folder)
     while done < passes:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         count = min(segment, passes - done)
         part = fit(
             model, guide, dataset.train_raw, objective=objective, epochs=count,
@@ -143,7 +143,8 @@ def _resume(run: Run, optimizer: torch.optim.Optimizer, folder: Path) -> int:
     weights = optimizer.param_groups[0]["params"]
     for name in tensors.keys() - saved.keys():
         _, index, key = name.split(".")
-        optimizer.state[weights[int(index)]][key] = tensors[name].clone()
+        weight, value = weights[int(index)], tensors[name]
+        optimizer.state[weight][key] = value if key == "step" else value.to(weight.device)
     run.history = list(about["history"])
     run.seconds = float(about["seconds"])
     return int(about["passes"])

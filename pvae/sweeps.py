@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import math
 import time
 import uuid
 import warnings
@@ -247,6 +248,8 @@ def _take_all(
         started = time.perf_counter()
         try:
             value, facts = _one(trial, config, space, train)
+            if math.isnan(value):  # Optuna fails such a trial itself, and nobody would know why
+                raise NonFiniteError("its log evidence is not a number")
             facts = {**facts, "seconds": time.perf_counter() - started}
             for name, fact in facts.items():
                 trial.set_user_attr(name, fact)

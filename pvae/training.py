@@ -27,7 +27,7 @@ from pvae.engine import (
     build_optimizer,
     seed_noise,
 )
-from pvae.errors import OptionError, ProgramError, did_you_mean
+from pvae.errors import DataError, OptionError, ProgramError, did_you_mean
 from pvae.evidence.importance import evaluation
 from pvae.interrupts import Interrupts
 from pvae.launchers import leads
@@ -70,7 +70,7 @@ def fit(
     patience: int | None = None,
     parts: int | None = None,
     preprocess: Callable[[Any], Any] | None = None,
-    bucket_by: torch.Tensor | None = None,
+    bucket_by: Any = None,
     engine: str = "auto",
     precision: str = "full",
     device: str = "auto",
@@ -104,7 +104,8 @@ def fit(
         valid_every: Epochs from one such look at it to the next; the last epoch always has one.
         epochs: Passes over the data.
         batch_size: Data per step; the last batch of an epoch may be smaller.
-        optimizer: Name in ``torch.optim`` (adam, sgd, rmsprop, …), class, or instance.
+        optimizer: Name in ``torch.optim`` (adam, sgd, rmsprop, …), class, or instance; what an
+            instance does not hold stays as it is.
         lr: Learning rate.
         optimizer_options: Further arguments of the optimiser.
         lr_schedule: ``"constant"``, ``"cosine"``, ``"linear"`` or a callable ``step -> factor``.
@@ -158,7 +159,7 @@ def fit(
     """
     started = time.perf_counter()
     goal = as_objective(vae() if objective is None else objective)
-    _check_options(epochs, batch_size, patience, engine, valid, valid_every)
+    _check_options(epochs, batch_size, patience, engine, valid, valid_every, clip_norm)
     plan = as_alternate(alternate)
     _check_alternate(plan, optimizer, valid)
     precision_context(precision)  # refuses a name that it does not know
@@ -188,6 +189,11 @@ def fit(
         layout = goal.prepare(model, guide, example)
         if layout is not None and preprocess is None:
             _check_all_supports(layout, data)
+        if layout is not None and valid is not None:  # no preprocess makes bits of these
+            try:
+                _check_all_supports(layout, held_out)
+            except DataError as error:
+                raise DataError(f"valid: {error}") from None
         weights = parameters(model, guide, example)
         with evaluation(model, guide, seed=seed, device=where):
             _check_rows(model, guide, data, total % batch_size, where, preprocess)
@@ -204,9 +210,10 @@ def fit(
         weights |= goal.parameters()
         _check_learned(goal, optimizer)
         optim = build(list(weights.values()))
+        weights, frozen = _held(optim, weights)
         problem = Problem(
             model, guide, goal, optim, weights, layout, data, where, seed, total, preprocess,
-            clip_norm, precision, parts=pieces, group=group,
+            clip_norm, precision, frozen, parts=pieces, group=group,
         )  # fmt: skip
         rows = torch.arange(min(batch_size, total), device=where)
         if pieces > 1:
@@ -235,8 +242,10 @@ def fit(
                 "on_nan": on_nan,
                 "parameters": {name: list(each.shape) for name, each in weights.items()},
             } | ({"parts": pieces} if pieces > 1 else {})  # fmt: skip
-            if bucket_by is not None:
-                record["bucket_by"] = bucket_by.tolist()
+            if loop.bucket_by is not None:
+                record["bucket_by"] = loop.bucket_by.tolist()
+            if valid_every != 1:
+                record["valid_every"] = valid_every
             facts = _facts(record, data, held_out, where) if every is not None or resume else {}
             if resume:
                 loop.resume(folder / "checkpoints", facts)
@@ -254,7 +263,13 @@ def fit(
 
 
 def _check_options(
-    epochs: int, batch_size: int, patience: int | None, engine: str, valid: Any, valid_every: int
+    epochs: int,
+    batch_size: int,
+    patience: int | None,
+    engine: str,
+    valid: Any,
+    valid_every: int,
+    clip_norm: float | None,
 ) -> None:
     if epochs < 1 or batch_size < 1:
         raise OptionError(
@@ -269,6 +284,8 @@ def _check_options(
         raise OptionError(f"valid_every must be at least 1 epoch, got {valid_every}")
     if patience is not None and patience < 1:
         raise OptionError(f"patience must be at least 1 epoch, got {patience}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise OptionError(f"clip_norm must be positive, or None for no clipping, got {clip_norm}")
 
 
 def _check_rows(
@@ -292,13 +309,16 @@ def _check_rows(
         ) from error
 
 
-def _checked_sizes(sizes: torch.Tensor | None, total: int) -> torch.Tensor | None:
-    if sizes is not None and sizes.shape != (total,):
+def _checked_sizes(sizes: Any, total: int) -> torch.Tensor | None:
+    if sizes is None:
+        return None
+    numbers: torch.Tensor = torch.as_tensor(sizes).cpu()
+    if numbers.shape != (total,):
         raise OptionError(
             f"bucket_by has a number for each of {total} training rows, got shape "
-            f"{tuple(sizes.shape)}"
+            f"{tuple(numbers.shape)}"
         )
-    return None if sizes is None else sizes.cpu()
+    return numbers
 
 
 def _check_parts(
@@ -361,6 +381,7 @@ def _start_alike(group: Group, problem: Problem, batch_size: int, epochs: int, v
     )
     tensors = [
         *problem.parameters.values(),
+        *problem.frozen.values(),
         *problem.buffers(),
         *named_tensors(problem.model, problem.guide).values(),  # those that are frozen too
     ]
@@ -374,6 +395,20 @@ def _check_learned(goal: Any, optimizer: Any) -> None:
             f"{next(iter(goal.parameters()))} is learned beside the pair, and an optimizer that is "
             "made already does not hold it: pass optimizer= by name or class"
         )
+
+
+def _held(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The parameters that an optimiser moves, and those that one made before does not hold."""
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    moved = {name: weight for name, weight in weights.items() if id(weight) in held}
+    if not moved:
+        raise OptionError(
+            "the optimizer holds no parameter of model or guide: make it over those, or pass "
+            "optimizer= by name or class"
+        )
+    return moved, {name: weight for name, weight in weights.items() if name not in moved}
 
 
 def _check_on_nan(on_nan: str, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pvae import runs
 from pvae.checkpoints import write_aside
 from pvae.data import num_rows, take
-from pvae.errors import OptionError, PvaeError, did_you_mean
+from pvae.errors import OptionError, did_you_mean, first_line
 from pvae.galleries import tiles
 from pvae.trackers import TensorBoard, Tracker
 
@@ -70,8 +70,9 @@ class Pictures:
         if self.last[0] != len(run.history):
             try:
                 self.last = len(run.history), self._draw(run)
-            except PvaeError as error:
-                warnings.warn(f"no pictures are drawn: {error}", UserWarning, stacklevel=2)
+            except Exception as error:  # of a user's program, whatever it is
+                reason = first_line(error) or type(error).__name__
+                warnings.warn(f"no pictures are drawn: {reason}", UserWarning, stacklevel=2)
                 self.last = len(run.history), {}
         return self.last[1]
 

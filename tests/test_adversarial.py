@@ -340,6 +340,35 @@ def test_a_signal_saves_the_step_at_hand(tmp_path):
     assert [row["epoch"] for row in resumed.history] == [1, 2]
 
 
+def test_a_signal_in_the_last_step_ends_the_process_when_all_is_written(tmp_path):
+    def interrupted(x: Tensor) -> Tensor:
+        seen.append(x)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return x
+
+    seen: list[Tensor] = []
+    options = {"epochs": 1, "batch_size": 8, "progress": False, "run_dir": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        play(vae_gan(*trio()), images(), preprocess=interrupted, **options)
+    assert (tmp_path / "run" / "checkpoints" / "best").is_dir()
+    assert len(seen) == 4
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_never_kept_instead_of_a_good_one(tmp_path):
+    options = {"epochs": 2, "batch_size": 8, "progress": False, "run_dir": tmp_path}
+    options |= {"checkpoint_every": "1 step", "keep_checkpoints": 2}
+    with pytest.raises(Stop):
+        play(vae_gan(*trio()), images(), preprocess=stopping(6), **options)
+    file = tmp_path / "checkpoints" / "step-00000006" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    options |= {"resume": True, "keep_checkpoints": 1, "checkpoint_every": "100 steps"}
+    with pytest.warns(UserWarning, match="step-00000006/tensors.safetensors is damaged"):
+        play(vae_gan(*trio()), images(), **options)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000006.damaged-1", "step-00000008"]
+
+
 # --- averages and trackers -----------------------------------------------------------------------
 
 

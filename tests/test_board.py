@@ -27,7 +27,7 @@ from pvae.guides.gaussian import Gaussian
 from pvae.models.vae import VAE
 from pvae.published import footnotes, published
 from pvae.seeds import mix
-from pvae.segments import fit_in_segments
+from pvae.segments import _resume, fit_in_segments
 
 ROOT = Path(__file__).parents[1]
 SIGMAS = 4.5
@@ -409,6 +409,16 @@ def test_segments_differ_in_their_noise_and_go_on_with_the_rate(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["000005"]
     with pytest.raises(RunError, match="is the state of another pair"):
         train_in_segments(tmp_path, passes=9, segment=2, z_dim=3)
+
+
+def test_a_resumed_state_lies_where_its_parameters_do(tmp_path):
+    train_in_segments(tmp_path, passes=1, segment=1)
+    _, model, guide = pair_on_digits()
+    weights = [*model.to("meta").parameters(), *guide.to("meta").parameters()]
+    optimizer = torch.optim.Adam(weights)
+    assert _resume(pvae.Run(model, guide, pvae.vae()), optimizer, tmp_path) == 1
+    assert {state["exp_avg"].device.type for state in optimizer.state.values()} == {"meta"}
+    assert {state["step"].device.type for state in optimizer.state.values()} == {"cpu"}
 
 
 # --- kills ---------------------------------------------------------------------------------------

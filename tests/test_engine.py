@@ -24,6 +24,7 @@ from pvae.models.factor_analysis import FactorAnalysis
 from pvae.models.gaussian_mixture import GaussianMixture
 from pvae.models.vae import VAE
 from pvae.particles import parameters
+from pvae.precision import precision_context
 from pvae.schedules import Linear
 from pvae.staging import StagingError
 
@@ -123,6 +124,24 @@ def test_every_optimizer_moves_alike_in_and_after_the_graph(optimizer, options, 
     monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
     inside = take_steps(Staged(make_problem(**given), torch.arange(10), compiled=True), count=8)
     assert_same(eager, inside, 1e-9)
+
+
+def test_what_an_optimizer_does_not_hold_stays_and_is_clipped_by_in_no_engine(monkeypatch):
+    monkeypatch.setattr("pvae.engine.staged.lower", lambda graph, inputs: graph)
+    ends = []
+    for engine in ("eager", "staged", "compiled"):
+        model, guide = make_pair()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(guide.parameters(), lr=1e-2)
+        run = pvae.fit(
+            model, guide, data(), optimizer=optimizer, clip_norm=0.5, engine=engine, epochs=3,
+            batch_size=10, progress=False,
+        )  # fmt: skip
+        assert run.num_parameters == sum(p.numel() for p in guide.parameters())
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        ends.append(torch.cat([p.detach().flatten() for p in guide.parameters()]))
+    assert torch.allclose(ends[0], ends[1], atol=1e-10)
+    assert torch.allclose(ends[0], ends[2], atol=1e-10)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -251,15 +270,24 @@ def test_fit_by_any_engine_ends_at_the_same_parameters():
 def test_auto_takes_what_pays():
     problem = make_problem()
     said = []
-    short = Auto(problem, total_steps=10, say=said.append)
+    short = Auto(problem, torch.arange(10), total_steps=10, say=said.append)
     take_steps(short, 8)
     assert short.name == "eager"
-    long = Auto(make_problem(), total_steps=20_000, say=said.append)
+    long = Auto(make_problem(), torch.arange(10), total_steps=20_000, say=said.append)
     long._compiling_pays = float("inf")
     take_steps(long, 8)
     assert long.name == "staged"
     assert len(said) == 2
     assert "would not pay" in said[0]
+
+
+def test_auto_stages_the_usual_batch_though_it_decides_at_the_last_of_an_epoch(monkeypatch):
+    monkeypatch.setattr(Auto, "_staging_pays", 0.0)
+    monkeypatch.setattr(Auto, "_compiling_pays", float("inf"))
+    staged: list[int] = []
+    monkeypatch.setattr(Staged, "_verify", lambda step, index, before: staged.append(len(index)))
+    pvae.fit(*make_pair(), data(), epochs=2, batch_size=9, progress=False)  # 9, 9, 9, 9, 4
+    assert staged == [9]
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -355,6 +383,14 @@ def test_bfloat16_rounds_the_layers_and_nothing_else():
     assert_same(half, staged, 1e-5)
     for p in rounded.problem.parameters.values():
         assert p.dtype == torch.float32
+
+
+def test_bfloat16_takes_layers_called_by_name():
+    x, weight = torch.rand(3, 5), torch.rand(2, 5)
+    with precision_context("bfloat16"):
+        named = torch.nn.functional.linear(input=x, weight=weight)
+        assert torch.equal(named, torch.nn.functional.linear(x, weight))
+    assert not torch.equal(named, torch.nn.functional.linear(x, weight))
 
 
 def test_double_precision_is_never_rounded():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -282,6 +283,7 @@ def test_without_a_checkpoint_it_begins(tmp_path):
         ({"seed": 3, "clip_norm": 2.0}, "clip_norm was None and is 2.0; seed was 0 and is 3"),
         ({"valid": False}, "valid was '[0-9a-f]{20,}"),
         ({"alternate": 2}, "alternate was None and is 'Alternate"),
+        ({"valid_every": 2}, "valid_every was None and is 2"),
         ({"optimizer": "sgd"}, r"optimizer was \['Adam'\] and is \['SGD'\]"),
     ],
 )
@@ -406,6 +408,14 @@ def test_a_signal_during_validation_saves_too(tmp_path, monkeypatch, at_step):
     assert end(resumed(tmp_path / "run", checkpoint_every="3 epochs")) == whole
 
 
+def test_a_signal_in_the_last_step_ends_the_process_when_all_is_written(tmp_path, at_step):
+    whole = end(fitted(tmp_path / "whole", small_pair, engine="eager", valid=False))
+    at_step(15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        fitted(tmp_path / "run", small_pair, engine="eager", valid=False)
+    assert end(resumed(tmp_path / "run", valid=False)) == whole
+
+
 def test_a_second_signal_leaves_at_once(tmp_path, at_step):
     after = []
 
@@ -503,10 +513,52 @@ def test_skipped_steps_move_nothing_and_count_in_no_mean(tmp_path, monkeypatch, 
     assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
 
 
+class Masked(Normalised):
+    """As far as its batch is finite, a guide; its buffers take in all of it."""
+
+    def forward(self, x: Tensor) -> None:
+        super().forward(torch.where(x > 50, torch.inf, x))
+
+
+@pytest.mark.parametrize("engine", ["eager", "staged"])
+def test_skipped_steps_leave_buffers_as_they_were(engine):
+    x = data()
+    x[20, 0] = 100.0  # the pair is looked at on the first rows
+    torch.manual_seed(0)
+    model, guide = poisoned_pair()[0], Masked()
+    options = {"epochs": 2, "batch_size": 6, "engine": engine, "progress": False}
+    with pytest.warns(UserWarning, match="left out: epoch 1, step"):
+        run = pvae.fit(model, guide, x, valid=data(30)[23:], on_nan="skip", **options)
+    assert all(bool(torch.isfinite(buffer).all()) for buffer in guide.buffers())
+    assert all(math.isfinite(row["valid_bound"]) for row in run.history)
+
+
+def test_an_epoch_of_which_nothing_was_taken_has_no_bound():
+    x = data()
+    x[3, 0] = 100.0
+    options = {"epochs": 2, "batch_size": len(x), "engine": "eager", "progress": False}
+    with pytest.warns(UserWarning, match="left out"):
+        run = pvae.fit(*poisoned_pair(), x, on_nan="skip", **options)
+    assert [row["left_out"] for row in run.history] == [len(x)] * 2
+    assert all(math.isnan(row["bound"]) for row in run.history)
+
+
 # --- the command line ----------------------------------------------------------------------------
 
 WORDS = ["factor-analysis", "--epochs", "3", "--model.z_dim", "2", "--guide.hidden", "[4]",
          "--engine", "eager"]  # fmt: skip
+
+
+@pytest.mark.parametrize("game", [(), ("--game", "avb")])
+def test_what_is_refused_of_a_run_is_not_written_into_it(tmp_path, monkeypatch, game):
+    monkeypatch.chdir(tmp_path)
+    words = ["vae", *game, "--epochs", "2", "--model.hidden", "[4]", "--run-dir", "run"]
+    assert main(["train", *words]) == 0
+    written = Path("run/config.yaml").read_bytes()
+    for option, value in (("epochs", "1"), ("epochs", "0"), ("keep_checkpoints", "0")):
+        assert main(["train", "--resume", "run", f"--{option}", value]) in (2, 66)
+        assert Path("run/config.yaml").read_bytes() == written
+    assert main(["train", "--resume", "run"]) == 0
 
 
 def test_the_command_line_resumes(tmp_path, monkeypatch, at_step, capsys):

@@ -158,6 +158,18 @@ def test_the_copy_stands_in_for_a_file_that_changed(mine: Path) -> None:
     assert torch.equal(evidence(run), expected)
 
 
+def test_files_of_one_name_in_two_folders_have_a_copy_each() -> None:
+    for place, text in (("a", MODEL), ("b", PLAIN_GUIDE)):
+        Path(place).mkdir()
+        Path(place, "mine.py").write_text(text)
+    words = ["./a/mine.py", "--guide", "./b/mine.py", "--epochs", "2", "--run-dir", "run"]
+    assert main(["train", *words]) == 0
+    expected = evidence(pvae.load("run"))
+    for place in ("a", "b"):
+        shutil.rmtree(place)
+    assert torch.equal(evidence(pvae.load("run")), expected)
+
+
 def test_a_folder_may_be_moved(mine: Path) -> None:
     expected = evidence(pvae.load(mine))
     mine.rename("elsewhere")

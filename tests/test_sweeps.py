@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,8 +26,6 @@ SEARCH = ["lr=log:1e-4..1e-1", "model.z_dim=2..32", "both.activation=silu|tanh"]
 
 def bowl(config, report):
     """Best at lr = 1e-2; reports a rising curve."""
-    import math
-
     value = -((math.log10(config["lr"]) + 2) ** 2)
     for epoch in range(1, config["epochs"] + 1):
         report(value - 1 / epoch, epoch)
@@ -130,6 +129,18 @@ def test_trials_that_fail_are_counted_and_say_why(folder):
     assert reasons <= {"z_dim is too large", "epoch 1: the bound is not finite"}
     with pytest.raises(RunError, match="no trial was completed"):
         sweeps.write_results(folder, study)
+
+
+def test_a_value_that_is_no_number_costs_one_trial(folder):
+    values = iter([math.nan] * 3)
+
+    def gives_none(config, report):
+        value = next(values, None)
+        return (-1.0 if value is None else value), {}
+
+    study = run(folder, 4, gives_none)
+    assert sweeps.finished(study) == len(study.trials) == 4
+    assert [row["reason"] for row in sweeps.rows(study)][2] == "its log evidence is not a number"
 
 
 def test_an_error_that_nobody_foresaw_costs_one_trial(folder):

@@ -14,6 +14,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pvae
+import pvae.loop
 import pvae.progress
 from pvae.errors import DataError, NonFiniteError, OptionError, ProgramError
 from pvae.guides.exact import Exact
@@ -176,6 +177,7 @@ def test_optimizer_instance_schedule_and_clipping():
     rates = [row["lr"] for row in run.history]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.1  # for whoever goes on with it
     model_again, _ = small_pair()
     moved = [
         float((a - b).detach().abs().max())
@@ -270,7 +272,7 @@ def test_batches_of_similar_rows_hold_each_row_once_an_epoch():
 
     x = small_data(50)
     x[:, 0] = torch.arange(50).float()[torch.randperm(50)]
-    for size in (x[:, 0], None):
+    for size in (x[:, 0], x[:, 0].tolist(), None):
         seen.clear()
         pvae.fit(
             *small_pair(), x, epochs=2, batch_size=8, preprocess=look, bucket_by=size,
@@ -285,6 +287,25 @@ def test_batches_of_similar_rows_hold_each_row_once_an_epoch():
         assert not torch.equal(epochs[0][0], epochs[1][0])
     with pytest.raises(OptionError, match="a number for each of 50 training rows"):
         pvae.fit(*small_pair(), x, bucket_by=torch.arange(3))
+
+
+@pytest.mark.parametrize("size", [None, torch.arange(50)])
+def test_the_order_of_an_epoch_is_moved_to_the_device_once(monkeypatch, size):
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            copies.append(func is torch.Tensor.to)
+            return func(*args, **(kwargs or {}))
+
+    def watched(loop, epoch):
+        with Watch():
+            batches = list(make(loop, epoch))
+        return iter(batches)
+
+    copies: list[bool] = []
+    make = pvae.loop.Loop._batches
+    monkeypatch.setattr(pvae.loop.Loop, "_batches", watched)
+    pvae.fit(*small_pair(), small_data(50), epochs=1, batch_size=8, bucket_by=size, progress=False)
+    assert sum(copies) == 1
 
 
 def test_metrics_file_has_one_strict_json_line_per_epoch(tmp_path):
@@ -322,6 +343,8 @@ def test_a_bar_on_a_terminal_shows_bound_parts_and_speed(monkeypatch, capsys):
         assert reporter.bar.tasks[0].description.startswith("bound -5.0 (rec -4.0, KL 1.0) nats,")
         reporter.step(torch.tensor([-50.0, -50.0, math.nan, math.nan]), 10)
         assert "rec" not in reporter.bar.tasks[0].description
+        reporter.say("engine eager instead of staged: [aten.mm] of [/x]")
+    assert "[aten.mm] of [/x]" in capsys.readouterr().err
 
 
 class Poisoned(nn.Module):
@@ -490,6 +513,20 @@ def test_scale_of_the_program_weighs_the_loss_and_not_the_bound():
         ({"optimizer_options": {"momentun": 1}}, OptionError, "refused its options"),
         ({"lr_schedule": "cosinus"}, OptionError, "did you mean 'cosine'"),
         ({"patience": 3}, OptionError, "needs held-out data"),
+        ({"lr_schedule": None}, OptionError, "no lr_schedule is called None"),
+        ({"clip_norm": 0.0}, OptionError, "clip_norm must be positive"),
+        ({"clip_norm": -1.0}, OptionError, "clip_norm must be positive"),
+        ({"clip_norm": math.nan}, OptionError, "clip_norm must be positive"),
+        ({"optimizer": torch.optim.LBFGS}, OptionError, "LBFGS needs a closure"),
+        ({"optimizer": torch.optim.SparseAdam}, OptionError, "SparseAdam needs"),
+        ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, OptionError, "a name in torch.optim"),
+        (
+            {"optimizer": torch.optim.Adam([torch.zeros(1, requires_grad=True)])},
+            OptionError,
+            "holds no parameter",
+        ),
+        ({"optimizer_options": {"differentiable": True}}, OptionError, "refused its options"),
+        ({"bucket_by": [1.0, 2.0]}, OptionError, "a number for each of 50 training rows"),
         ({"engine": "warp"}, OptionError, "no engine is called 'warp'"),
         ({"device": "cuda:7"}, OptionError, "cannot be used"),
         ({"device": "nonsense"}, OptionError, "cannot be used"),
@@ -530,6 +567,18 @@ def _fixed_model(x: torch.Tensor) -> None:
 def _fixed_guide(x: torch.Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(x / 2, 1).to_event(1))
+
+
+def test_held_out_data_outside_the_support_are_refused():
+    torch.manual_seed(0)
+    model = VAE(6, z_dim=2, hidden=(8,), likelihood="bernoulli")
+    bits = (small_data() > 0).float()
+    for preprocess in (None, torch.bernoulli):
+        with pytest.raises(DataError, match=r"valid: .*site 'x'.* row 1 of the data has 0.5"):
+            pvae.fit(
+                model, Gaussian(6, model.latents, hidden=(8,)), bits, epochs=1,
+                valid=torch.tensor([[0.0] * 6, [0.5] * 6]), preprocess=preprocess, progress=False,
+            )  # fmt: skip
 
 
 def test_fewer_rows_than_a_batch_is_one_batch():

@@ -70,6 +70,15 @@ def test_pictures_are_of_the_same_data_and_latents_every_time():
     assert not np.array_equal(first, second)
 
 
+def test_a_picture_that_cannot_be_drawn_is_a_warning(monkeypatch, capsys):
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("no mean\nof this")
+
+    monkeypatch.setattr("pvae.runs.generate", fail)
+    assert train("--run-dir", "run", "--pictures", "1") == 0
+    assert "pvae: warning: no pictures are drawn: no mean\n" in capsys.readouterr().err
+
+
 def test_a_resumed_training_goes_on_with_both_and_ends_as_one_that_was_not():
     assert train("--run-dir", "whole", *WATCHED, "--checkpoint-every", "1 epoch", epochs=3) == 0
     assert train("--run-dir", "run", *WATCHED, "--checkpoint-every", "1 epoch") == 0

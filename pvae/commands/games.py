@@ -15,7 +15,7 @@ from pvae import __version__, catalogue, runs
 from pvae.commands.preparing import load_data, threads
 from pvae.commands.programs import Programs, choose_likelihood
 from pvae.commands.saying import say
-from pvae.commands.train import refuse_changes, resumable
+from pvae.commands.train import refuse_changes, restored, resumable
 from pvae.errors import DataError, OptionError, ProgramError
 from pvae.launchers import launched
 
@@ -184,13 +184,14 @@ def _play(
     count = sum(p.numel() for player in game.players for p in player.parameters)
     kept = {key: config[key] for key in runs.DEFAULTS}
     full = {"pvae": __version__, **kept, "num_parameters": count, "data_facts": about}
-    runs.write_config(folder, full, sources=before is None)
-    contest = play(
-        game, rows, preprocess=preprocess, run_dir=folder, resume=before is not None,
-        epochs=config["epochs"], batch_size=config["batch_size"], seed=config["seed"],
-        device=config["device"], checkpoint_every=config["checkpoint_every"],
-        keep_checkpoints=config["keep_checkpoints"], trackers=trackers,
-    )  # fmt: skip
+    with restored(folder):
+        runs.write_config(folder, full, sources=before is None)
+        contest = play(
+            game, rows, preprocess=preprocess, run_dir=folder, resume=before is not None,
+            epochs=config["epochs"], batch_size=config["batch_size"], seed=config["seed"],
+            device=config["device"], checkpoint_every=config["checkpoint_every"],
+            keep_checkpoints=config["keep_checkpoints"], trackers=trackers,
+        )  # fmt: skip
     say(_in_words(contest, game, count))
     _draw(contest, game, dataset, shown, folder, name=config["model"], reconstruct=has_encoder)
     say(f"wrote {folder}; next: pvae sample {folder}")

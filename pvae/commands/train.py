@@ -12,14 +12,14 @@ from pvae import __version__, catalogue, runs
 from pvae.commands.preparing import grouped, load_data, threads
 from pvae.commands.programs import Programs, choose_likelihood
 from pvae.commands.saying import say
-from pvae.errors import RunError
+from pvae.errors import OptionError, RunError
 from pvae.launchers import leads
 
 if TYPE_CHECKING:
     from pvae.data import Dataset
     from pvae.training import Run
 
-__all__ = ["FIT", "refuse_changes", "resumable", "resume", "train", "train_into"]
+__all__ = ["FIT", "refuse_changes", "restored", "resumable", "resume", "train", "train_into"]
 
 FIT = (
     "epochs",
@@ -150,6 +150,21 @@ def resumable(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def restored(folder: Path) -> Iterator[None]:
+    """Put the configuration of a run back, if it has one, where what is asked anew is refused."""
+    from pvae.checkpoints import write_aside
+
+    file = folder / "config.yaml"
+    before = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    except (OptionError, RunError):  # nothing has been trained
+        if before is not None:
+            write_aside(file, before)
+        raise
+
+
 def train_into(
     config: dict[str, Any],
     programs: Programs,
@@ -189,9 +204,9 @@ def train_into(
     kept = {key: config[key] for key in runs.DEFAULTS}
     counted = {"num_parameters": (before or {}).get("num_parameters"), "data_facts": about}
     full = {"pvae": __version__, **kept, **counted}
-    if writes:
-        runs.write_config(folder, full, sources=not resumed)
-    try:
+    with restored(folder) if writes else contextlib.nullcontext():
+        if writes:
+            runs.write_config(folder, full, sources=not resumed)
         run = fit(
             model,
             guide,
@@ -203,10 +218,6 @@ def train_into(
             trackers=trackers,
             **{key: config[key] for key in FIT},
         )
-    except RunError:  # nothing has been trained
-        if before is not None and writes:
-            runs.write_config(folder, before, sources=False)
-        raise
     if writes and run.num_parameters != full["num_parameters"]:
         runs.write_config(folder, full | {"num_parameters": run.num_parameters}, sources=False)
     return run

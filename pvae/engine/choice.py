@@ -40,7 +40,7 @@ def stage(
         reason: Why this engine is wanted.
     """
     if engine == "auto":
-        return Auto(problem, total_steps, say)
+        return Auto(problem, index, total_steps, say)
     if engine == "eager":
         return Eager(problem, reason)
     for compiled, record in _CHAIN[engine]:
@@ -70,6 +70,7 @@ class Auto:
 
     Args:
         problem: What the step is about.
+        index: An example batch of row numbers, of the usual size.
         total_steps: Steps of the whole run.
         say: Called once with what was chosen and why.
     """
@@ -77,8 +78,11 @@ class Auto:
     _measured = 4
     _staging_pays, _compiling_pays = STAGING_PAYS, COMPILING_PAYS
 
-    def __init__(self, problem: Problem, total_steps: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, problem: Problem, index: Tensor, total_steps: int, say: Callable[[str], None]
+    ) -> None:
         self.problem, self.total_steps, self.say = problem, total_steps, say
+        self.index = index  # the batch at which it is decided may be a smaller one
         self.chosen: Step = Eager(problem)
         self.times: list[float] = []
         self.decided = False
@@ -106,10 +110,10 @@ class Auto:
         found = self.chosen(index, step, beta)
         self.times.append(time.perf_counter() - started)
         if len(self.times) > self._measured:
-            self._decide(index)
+            self._decide()
         return found
 
-    def _decide(self, index: Tensor) -> None:
+    def _decide(self) -> None:
         self.decided = True
         each = sorted(self.times[1:])[self._measured // 2]
         group = self.problem.group
@@ -123,7 +127,7 @@ class Auto:
             on_cuda = self.problem.device.type == "cuda"  # where launches cost more than the work
             name = "cudagraph" if on_cuda and self.problem.parts == 1 else "compiled"
             name = name if ahead > self._compiling_pays else "staged"
-            self.chosen = stage(name, self.problem, index, self.total_steps, self.say, cost)
+            self.chosen = stage(name, self.problem, self.index, self.total_steps, self.say, cost)
             return
         self.say(f"engine {self.chosen.name} ({self.chosen.reason})")
 

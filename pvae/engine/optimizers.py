@@ -32,22 +32,35 @@ def build_optimizer(
     Raises:
         OptionError: there is none of that name, or it does not take the options.
     """
+    is_made = isinstance(optimizer, torch.optim.Optimizer)
+    kind: Any = type(optimizer) if is_made else optimizer
+    if not isinstance(kind, type):
+        kind = _optimizer_class(optimizer)
+    if issubclass(kind, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        raise OptionError(
+            f"{kind.__name__} needs a closure or sparse gradients, which these steps have not: use "
+            "optimizer='adam' or its kin"
+        )
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     if not lr > 0:
         raise OptionError(f"lr must be positive, got {lr}")
-    kind: Any = optimizer if isinstance(optimizer, type) else _optimizer_class(optimizer)
     given = dict(options or {})
     try:
         if "fused" in kind.__init__.__code__.co_varnames and not {"fused", "foreach"} & set(given):
             given = {"fused": True, **given}
         built: torch.optim.Optimizer = kind(parameters, lr=lr, **given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"{kind.__name__} refused its options {given}: {error}") from error
     return built
 
 
-def _optimizer_class(name: str) -> Any:
+def _optimizer_class(name: Any) -> Any:
+    if not isinstance(name, str):
+        raise OptionError(
+            f"optimizer takes a name in torch.optim, a class or an instance of it, got {name!r}: "
+            "try 'adam'"
+        )
     known = {
         key.lower(): value
         for key, value in vars(torch.optim).items()

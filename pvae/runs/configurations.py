@@ -91,12 +91,17 @@ def write_config(folder: Path, config: Mapping[str, Any], *, sources: bool = Tru
     """Write ``config.yaml``, and copies of the user's own files under ``source/``."""
     from pvae.checkpoints import write_aside
 
-    for file in _user_files(config) if sources else []:
-        (folder / "source").mkdir(exist_ok=True)
-        write_aside(folder / "source" / file.name, file.read_bytes())
+    for name, file in (_user_files(config) if sources else {}).items():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / "source" / name, file.read_bytes())
     write_yaml(folder / "config.yaml", config)
 
 
-def _user_files(config: Mapping[str, Any]) -> list[Path]:
-    places = [str(config.get(role)).partition(":")[0] for role in ("model", "guide", "game")]
-    return [Path(place) for place in dict.fromkeys(places) if place.endswith(".py")]
+def _user_files(config: Mapping[str, Any]) -> dict[str, Path]:
+    """Name under ``source/`` -> file; one called as another before lies in a folder of its role."""
+    found: dict[str, Path] = {}
+    for role in ("model", "guide", "game"):
+        place = Path(str(config.get(role)).partition(":")[0])
+        if place.suffix == ".py" and place not in found.values():
+            found[f"{role}/{place.name}" if place.name in found else place.name] = place
+    return found

@@ -54,7 +54,8 @@ def find(role: str, reference: str, folder: Path | None) -> catalogue.Program:
     place = Path(reference.partition(":")[0])
     if folder is None or place.suffix != ".py":
         return catalogue.find(role, reference)
-    copy = folder / "source" / place.name
+    own = folder / "source" / role / place.name  # where two files have one name
+    copy = own if own.is_file() else folder / "source" / place.name
     if place.is_file() and copy.is_file() and place.read_bytes() != copy.read_bytes():
         warnings.warn(
             f"{place.name} has changed since the training: the copy in the run folder is used",
