@@ -37,7 +37,7 @@ Estimate = Callable[..., Evidence]
 _UNMET = "; tolerance not met"
 _NOISE = 4.5  # standard errors of a paired difference that chance may explain
 _STREAM = 104 * 10**7  # apart from that of data simulated with the same small seed
-_MAX_PAIRS = 2**13
+_MAX_PAIRS = {"cpu": 2**11}  # particle rows that a program makes at once, or all k of one datum
 
 
 class Rung(NamedTuple):
@@ -306,7 +306,8 @@ def measured_curve(
     with evaluation(model, guide, seed=_STREAM + seed, device=device):
         layout = inspect(model, guide, batch)
         for size in sizes:
-            block = max(1, min(total, 2**16 // size))
+            # All k of a datum in one run: where they were cut, a program that mixes them would pass.
+            block = max(1, min(total, _MAX_PAIRS.get(device.type, 2**16) // size))
             runs = []
             for _ in range(max(2, min(128, num_draws // size))):
                 parts = []
