@@ -218,7 +218,7 @@ def compare(
         if name not in entries:
             hint = did_you_mean(name, entries)
             raise OptionError(f"fit_seconds names {name!r}, which is no entry: {hint}")
-    x, offset, scale = _test_data(test, log_det)
+    x, offset, scale = _test_data(test, log_det, _most_tolerant(entries))
     evidence, facts = {}, {}
     for name, entry in entries.items():
         started = time.perf_counter()
@@ -232,7 +232,20 @@ def compare(
     return Board(rows, ordered, len(x), x_dim, f"{len(x)} test data x {x_dim} features, {scale}")
 
 
-def _test_data(test: Any, log_det: Any) -> tuple[Tensor, Tensor | None, str]:
+def _most_tolerant(entries: Mapping[str, Any]) -> Any:
+    """A model that takes missing cells, if there is one; the others refuse them themselves."""
+    models = (
+        entry.model
+        if isinstance(entry, Run)
+        else next(iter(entry), None)
+        if isinstance(entry, tuple)
+        else entry
+        for entry in entries.values()
+    )
+    return next((model for model in models if getattr(model, "takes_missing", False)), None)
+
+
+def _test_data(test: Any, log_det: Any, model: Any) -> tuple[Tensor, Tensor | None, str]:
     """Test rows ``(N, ...)``, the log Jacobian ``(N,)`` to add, and the scale in words."""
     if isinstance(test, Dataset):
         test = test.test
@@ -240,7 +253,7 @@ def _test_data(test: Any, log_det: Any) -> tuple[Tensor, Tensor | None, str]:
         if log_det is not None:
             raise OptionError("a split brings its own log_det: pass log_det with a tensor only")
         test, log_det = test.x, test.log_det
-    x = as_batch(test)
+    x = as_batch(test, model=model)
     if not isinstance(x, Tensor):
         raise DataError(f"test data must be one tensor (N, D), got a {type(x).__name__} of them")
     if len(x) < 2:
@@ -355,6 +368,7 @@ def _exact(
     model: Any, guide: Any, x: Tensor, *, seed: int, progress: Callable[[int, int], None]
 ) -> Evidence:
     device, pieces, done = _device(model), [], 0
+    x = as_batch(x, model=model)
     with evaluation(model, model, seed=seed, device=device):
         for rows in torch.split(x, _BLOCK):
             pieces.append(model.log_evidence(rows.to(device)).double().cpu())

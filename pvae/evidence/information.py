@@ -156,7 +156,7 @@ def information(
         )
     modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
     device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
-    batch = as_batch(x, device=device)
+    batch = as_batch(x, device=device, model=model)
     total = min(num_rows(batch), max_data)
     if total < 2:
         raise OptionError("the information that latents carry needs at least two data, got one")
