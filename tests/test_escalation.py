@@ -213,6 +213,26 @@ def test_a_falling_curve_is_an_error(pair):
         log_evidence_curve(weights, estimate=lambda w: w.logsumexp(0) * math.nan)
 
 
+def test_draws_of_density_zero_are_no_fault():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Poisson(3 * z.relu()), obs=x)  # zero where z < 0 and x > 0
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.2 * x, 1.0))
+
+    curve = measured_curve(model, guide, torch.arange(8.0), sizes=(1, 4, 256))
+    assert curve.bounds[0] == -math.inf
+    assert math.isfinite(curve.bounds[-1])
+    torch.manual_seed(0)
+    weights = pvae.draw(model, guide, torch.arange(8.0), 256).log_weights
+    assert log_evidence_curve(weights).bounds[:2] == (-math.inf, -math.inf)
+    with pytest.raises(NonFiniteError):
+        log_evidence_curve(-weights)  # plus infinity
+
+
 def test_a_program_that_mixes_its_particles_is_an_error(pair):
     """Batch statistics over the particles: each k is another model."""
     model, x = pair

@@ -252,7 +252,8 @@ def log_evidence_curve(
 
     Raises:
         NonFiniteError: ``L_k`` falls by more than 4.5 standard errors of the paired difference, or
-            is not a number: a fault of the programs or of the estimator.
+            is not a number: a fault of the programs or of the estimator. Minus infinity is neither:
+            some draws had a density of zero.
         OptionError: There are fewer than two weights.
     """
     total, num_data = log_weights.shape
@@ -350,7 +351,9 @@ def _error(groups: Tensor) -> float:
 def _refuse_falls(curve: Curve) -> None:
     for place, (gain, error) in enumerate(zip(curve.gains, curve.gain_stderr, strict=True)):
         small, large = curve.sizes[place], curve.sizes[place + 1]
-        if not math.isfinite(gain) or gain < -_NOISE * error - 1e-9 * abs(curve.bounds[place]):
+        wrong = any(math.isnan(b) or b == math.inf for b in curve.bounds[place : place + 2])
+        # A weight of zero makes a bound -inf and a gain NaN or infinite, which is no fault.
+        if wrong or gain < -_NOISE * error - 1e-9 * abs(curve.bounds[place]):
             raise NonFiniteError(
                 f"L_{large} is {-gain:.4g} nats below L_{small} (SE {error:.2g}), which no pair of "
                 "programs allows: a program mixes its particles (a sum over the wrong dimension, "
