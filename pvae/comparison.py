@@ -50,7 +50,7 @@ class Row:
         name: The entry's name.
         mean: Mean test log density.
         stderr: Standard error of ``mean`` over the draw of the test data.
-        bits_per_dim: ``-mean / (D ln 2)``.
+        bits_per_dim: ``-mean / (D ln 2)``; of a data set of sequences, D leaves the padding out.
         difference: Mean of the per-datum differences to the best row; zero for the best.
         difference_stderr: Standard error of ``difference``, from the same paired differences.
         kind: ``"exact"``, ``"estimate"`` or ``"lower bound"``.
@@ -227,7 +227,8 @@ def compare(
         evidence[name] = scored if offset is None else scored.shifted(offset)
         facts[name] = (num_parameters, seconds.get(name, _fit_time(entry)), elapsed)
     x_dim = x[0].numel()
-    rows = _rows(evidence, facts, x_dim)
+    num_dims = test.num_dims() if isinstance(test, Dataset) else x_dim
+    rows = _rows(evidence, facts, num_dims)
     ordered = {row.name: evidence[row.name] for row in rows}
     return Board(rows, ordered, len(x), x_dim, f"{len(x)} test data x {x_dim} features, {scale}")
 
@@ -409,11 +410,11 @@ def _num_parameters(entry: Any, model: Any, guide: Any, x: Tensor, seed: int) ->
 def _rows(
     evidence: Mapping[str, Evidence],
     facts: Mapping[str, tuple[int | None, float | None, float]],
-    x_dim: int,
+    num_dims: float,
 ) -> tuple[Row, ...]:
     names = sorted(evidence, key=lambda name: -evidence[name].mean)
     best = evidence[names[0]].log_evidence
-    return tuple(_row(name, evidence[name], best, *facts[name], x_dim) for name in names)
+    return tuple(_row(name, evidence[name], best, *facts[name], num_dims) for name in names)
 
 
 def _row(
@@ -423,7 +424,7 @@ def _row(
     num_parameters: int | None,
     fit_seconds: float | None,
     score_seconds: float,
-    x_dim: int,
+    num_dims: float,
 ) -> Row:
     same = scored.log_evidence is best
     difference = torch.zeros_like(best) if same else scored.log_evidence - best
@@ -432,7 +433,7 @@ def _row(
         name=name,
         mean=scored.mean,
         stderr=scored.mean_stderr,
-        bits_per_dim=-scored.mean / (x_dim * math.log(2)),
+        bits_per_dim=-scored.mean / (num_dims * math.log(2)),
         difference=float(difference.mean()),
         difference_stderr=float(difference.std()) / math.sqrt(len(best)),
         kind=scored.kind,

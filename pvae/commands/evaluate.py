@@ -46,7 +46,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if not leads(group):
         return
     seconds = time.perf_counter() - started
-    about = _evidence_facts(evidence, dataset) | {
+    about = _evidence_facts(evidence, dataset, split) | {
         "split": arguments.split,
         "data": dataset.description(),
         "seed": arguments.seed,
@@ -130,12 +130,12 @@ def _estimate(
     return found.shifted(split.log_det), curve
 
 
-def _evidence_facts(evidence: Any, dataset: Dataset) -> dict[str, Any]:
+def _evidence_facts(evidence: Any, dataset: Dataset, split: Any) -> dict[str, Any]:
     log_p = evidence.log_evidence.mean()
     return {
         "log_evidence": evidence.mean,
         "stderr": evidence.mean_stderr,
-        "bits_per_dim": float(dataset.bits_per_dim(log_p)),
+        "bits_per_dim": float(dataset.bits_per_dim(log_p, split)),
         "elbo": float(evidence.elbo.mean()),
         "pareto_k_above_0.7": evidence.unreliable,
         "median_ess": float(evidence.ess.median()),
