@@ -307,7 +307,7 @@ def measured_curve(
     with evaluation(model, guide, seed=_STREAM + seed, device=device):
         layout = inspect(model, guide, batch)
         for size in sizes:
-            # All k of a datum in one run: where they were cut, a program that mixes them would pass.
+            # All k of a datum in one run: cut up, a program that mixes them would pass.
             block = max(1, min(total, _MAX_PAIRS.get(device.type, 2**16) // size))
             runs = []
             for _ in range(max(2, min(128, num_draws // size))):
