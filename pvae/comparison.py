@@ -369,7 +369,7 @@ def _exact(
     model: Any, guide: Any, x: Tensor, *, seed: int, progress: Callable[[int, int], None]
 ) -> Evidence:
     device, pieces, done = _device(model), [], 0
-    x = as_batch(x, model=model)
+    as_batch(x, model=model)  # refuses missing cells that it does not take
     with evaluation(model, model, seed=seed, device=device):
         for rows in torch.split(x, _BLOCK):
             pieces.append(model.log_evidence(rows.to(device)).double().cpu())
