@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["posterior_draws", "stream_netcdf", "to_inference_data", "to_netcdf"]
 
-_BLOCK = 2**20  # numbers of a block that is written at once
+_BLOCK = 2**20  # numbers of a block that is made and written at once
 _COLUMNS = ("log_evidence", "stderr", "ess", "pareto_k", "elbo")
 
 
@@ -357,6 +357,8 @@ def _stream(
         )
     _, _, values = _block(model, guide, probe, 1, layout, predictive=predictive)
     width = sum(value[0].numel() for value in values) / num_rows(probe)
+    # To weigh a draw the model makes a datum, whether that is kept or not.
+    width += sum(rows[0].numel() for rows in torch.utils._pytree.tree_leaves(probe))
     block = max(1, min(total, int(_BLOCK / (width * num_draws))))
     written: dict[tuple[str, str], Any] = {}
     for start in range(0, total, block):

@@ -50,7 +50,7 @@ class Row:
         name: The entry's name.
         mean: Mean test log density.
         stderr: Standard error of ``mean`` over the draw of the test data.
-        bits_per_dim: ``-mean / (D ln 2)``.
+        bits_per_dim: ``-mean / (D ln 2)``; of a data set of sequences, D leaves the padding out.
         difference: Mean of the per-datum differences to the best row; zero for the best.
         difference_stderr: Standard error of ``difference``, from the same paired differences.
         kind: ``"exact"``, ``"estimate"`` or ``"lower bound"``.
@@ -218,7 +218,7 @@ def compare(
         if name not in entries:
             hint = did_you_mean(name, entries)
             raise OptionError(f"fit_seconds names {name!r}, which is no entry: {hint}")
-    x, offset, scale = _test_data(test, log_det)
+    x, offset, scale = _test_data(test, log_det, _most_tolerant(entries))
     evidence, facts = {}, {}
     for name, entry in entries.items():
         started = time.perf_counter()
@@ -227,12 +227,26 @@ def compare(
         evidence[name] = scored if offset is None else scored.shifted(offset)
         facts[name] = (num_parameters, seconds.get(name, _fit_time(entry)), elapsed)
     x_dim = x[0].numel()
-    rows = _rows(evidence, facts, x_dim)
+    num_dims = test.num_dims() if isinstance(test, Dataset) else x_dim
+    rows = _rows(evidence, facts, num_dims)
     ordered = {row.name: evidence[row.name] for row in rows}
     return Board(rows, ordered, len(x), x_dim, f"{len(x)} test data x {x_dim} features, {scale}")
 
 
-def _test_data(test: Any, log_det: Any) -> tuple[Tensor, Tensor | None, str]:
+def _most_tolerant(entries: Mapping[str, Any]) -> Any:
+    """A model that takes missing cells, if there is one; the others refuse them themselves."""
+    models = (
+        entry.model
+        if isinstance(entry, Run)
+        else next(iter(entry), None)
+        if isinstance(entry, tuple)
+        else entry
+        for entry in entries.values()
+    )
+    return next((model for model in models if getattr(model, "takes_missing", False)), None)
+
+
+def _test_data(test: Any, log_det: Any, model: Any) -> tuple[Tensor, Tensor | None, str]:
     """Test rows ``(N, ...)``, the log Jacobian ``(N,)`` to add, and the scale in words."""
     if isinstance(test, Dataset):
         test = test.test
@@ -240,7 +254,7 @@ def _test_data(test: Any, log_det: Any) -> tuple[Tensor, Tensor | None, str]:
         if log_det is not None:
             raise OptionError("a split brings its own log_det: pass log_det with a tensor only")
         test, log_det = test.x, test.log_det
-    x = as_batch(test)
+    x = as_batch(test, model=model)
     if not isinstance(x, Tensor):
         raise DataError(f"test data must be one tensor (N, D), got a {type(x).__name__} of them")
     if len(x) < 2:
@@ -355,6 +369,7 @@ def _exact(
     model: Any, guide: Any, x: Tensor, *, seed: int, progress: Callable[[int, int], None]
 ) -> Evidence:
     device, pieces, done = _device(model), [], 0
+    as_batch(x, model=model)  # refuses missing cells that it does not take
     with evaluation(model, model, seed=seed, device=device):
         for rows in torch.split(x, _BLOCK):
             pieces.append(model.log_evidence(rows.to(device)).double().cpu())
@@ -395,11 +410,11 @@ def _num_parameters(entry: Any, model: Any, guide: Any, x: Tensor, seed: int) ->
 def _rows(
     evidence: Mapping[str, Evidence],
     facts: Mapping[str, tuple[int | None, float | None, float]],
-    x_dim: int,
+    num_dims: float,
 ) -> tuple[Row, ...]:
     names = sorted(evidence, key=lambda name: -evidence[name].mean)
     best = evidence[names[0]].log_evidence
-    return tuple(_row(name, evidence[name], best, *facts[name], x_dim) for name in names)
+    return tuple(_row(name, evidence[name], best, *facts[name], num_dims) for name in names)
 
 
 def _row(
@@ -409,7 +424,7 @@ def _row(
     num_parameters: int | None,
     fit_seconds: float | None,
     score_seconds: float,
-    x_dim: int,
+    num_dims: float,
 ) -> Row:
     same = scored.log_evidence is best
     difference = torch.zeros_like(best) if same else scored.log_evidence - best
@@ -418,7 +433,7 @@ def _row(
         name=name,
         mean=scored.mean,
         stderr=scored.mean_stderr,
-        bits_per_dim=-scored.mean / (x_dim * math.log(2)),
+        bits_per_dim=-scored.mean / (num_dims * math.log(2)),
         difference=float(difference.mean()),
         difference_stderr=float(difference.std()) / math.sqrt(len(best)),
         kind=scored.kind,

@@ -180,10 +180,9 @@ def fit_latent_density(
             "num_draws, max_epochs and patience must be at least 1 and lr positive, got "
             f"{num_draws}, {max_epochs}, {patience} and {lr}"
         )
-    if num_rows(as_batch(x)) < 2 * _VALID:
-        raise OptionError(
-            f"a latent density needs at least {2 * _VALID} data, got {num_rows(as_batch(x))}"
-        )
+    total = num_rows(as_batch(x, model=model))
+    if total < 2 * _VALID:
+        raise OptionError(f"a latent density needs at least {2 * _VALID} data, got {total}")
     name = _site(model, guide, x, site)
     draws = encode(model, guide, x, num_draws=num_draws, seed=seed).draws[name]
     event_shape = tuple(draws.shape[2:])
@@ -207,7 +206,7 @@ def fit_latent_density(
 def _site(model: Any, guide: Any, x: Any, wanted: str | None) -> str:
     """The site, once it is known that a density of real vectors can stand in its prior's place."""
     device = _device(model, guide)
-    rows = _cut(as_batch(x, device=device), 0, 2)
+    rows = _cut(as_batch(x, device=device, model=model), 0, 2)
     with evaluation(model, guide, seed=0, device=device):
         layout = inspect(model, guide, rows)
         sites = latent_sites(model, guide, rows, 2, layout)

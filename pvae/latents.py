@@ -258,7 +258,7 @@ def opened(
     if max_pairs is not None:
         _at_least(max_pairs=max_pairs)
     device = next((t.device for t in tensors_of(model, guide)), torch.device("cpu"))
-    batch = as_batch(x, device=device)
+    batch = as_batch(x, device=device, model=model)
     cap = _MAX_PAIRS.get(device.type, 2**18) if max_pairs is None else max_pairs
     with evaluation(model, guide, seed=_STREAM + seed, device=device):
         size = max(1, cap // num_draws)

@@ -82,7 +82,7 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
             for columns in (lengths == length).nonzero().squeeze(-1).split(512):
                 smoothed, khat[columns] = _fit_tail(ordered[-length:, columns], cutoff[columns])
                 ordered[-length:, columns] = smoothed
-    constant = raw.min(0).values > -1e-9
+    constant = (raw.min(0).values > -1e-9) & (num_particles > 1)  # one weight says nothing
     smoothed_weights = torch.empty_like(raw).scatter_(0, order, ordered) + largest
     return smoothed_weights, khat.masked_fill(constant, -math.inf)
 

@@ -89,7 +89,7 @@ def detect(
     if not scores:
         raise OptionError(f"scores must name at least one of {', '.join(SCORES)}, got none")
     sources = {"inside": inside, "outside": outside, "reference": reference}
-    sizes = {name: num_rows(as_batch(x)) for name, x in sources.items()}
+    sizes = {name: num_rows(as_batch(x, model=model)) for name, x in sources.items()}
     wanted = sizes if "typicality" in scores else ["inside", "outside"]
     log_p: dict[str, Tensor] = {}
     done, total = 0, sum(sizes[name] for name in wanted)

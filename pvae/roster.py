@@ -153,7 +153,8 @@ def _best_floor(
     tried = [density(sizes, **{floor: value}, **options) for value in floors]
     return lambda: max(
         (_classical(each, dataset)() for each in tried),
-        key=lambda fitted: max(fitted.selection.values(), default=0.0),
+        # Where there is one size, nothing was selected and nothing judged yet.
+        key=lambda fitted: float(fitted.score_samples(dataset.valid.x).mean()),
     )
 
 

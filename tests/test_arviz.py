@@ -7,6 +7,8 @@ import warnings
 
 import arviz
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -184,6 +186,25 @@ def test_blocks_do_not_show(tmp_path, monkeypatch):
     posterior = model.posterior(x)["z"]
     z = (mean - posterior.mean) / (posterior.stddev / math.sqrt(200))
     assert float(z.abs().max()) < 4.5
+
+
+def test_what_the_model_makes_of_a_block_is_no_larger_than_the_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("pvae.arviz._BLOCK", 2**14)
+    made = []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            loc = z[..., None].expand(*z.shape, 50)
+            made.append(loc.numel())
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(1), 1.0))
+
+    stream_netcdf(tmp_path / "x.nc", model, guide, torch.zeros(200, 50), num_draws=10)
+    assert 2**13 < max(made) <= 2**14
 
 
 def test_summary_is_of_the_posterior(tmp_path):

@@ -18,7 +18,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KernelDensity as SklearnKernels
 from torch.distributions import MultivariateNormal
 
-from pvae import baselines
+import pvae.data
+from pvae import baselines, roster
 from pvae.baselines import (
     PPCA,
     BernoulliMixture,
@@ -640,6 +641,19 @@ def test_import_costs_neither_torch_nor_scikit_learn():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_floor_is_chosen_by_validation_where_there_is_one_size(tmp_path):
+    """A feature that hardly varies in few training rows, and more in the others."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 3))
+    x[:, 2] = np.where(np.arange(40) < 28, 1e-4, 0.2) * x[:, 2]
+    parts = {"train": x[:28], "valid": x[28:34], "test": x[34:]}
+    np.savez(tmp_path / "x.npz", **parts)
+    dataset = pvae.data.load(tmp_path / "x.npz", transform="none")
+    floors = (1e-6, 1e-4, 1e-1)
+    best = roster._best_floor(dataset, GaussianMixture, [1], floors, covariance_type="diag")()
+    assert best.reg_covar == 1e-1
 
 
 GREY = bits()

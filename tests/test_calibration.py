@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import SE, LinearGaussian, Mixture
+from pyro import poutine
 from scipy import stats
 
 from pvae import particles
@@ -178,6 +179,31 @@ def test_what_the_model_does_not_observe_is_passed_on():
     assert (x > 5).tolist() == (label == 1).tolist()
     batch = (torch.zeros(7), label)
     assert calibration(conditional, guide, batch, num_runs=1000).rejected == ()
+
+
+def test_a_site_that_is_masked_out_is_not_judged():
+    def model(x, known):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=known):
+                pyro.sample("extra", dist.Normal(torch.zeros(()), 1.0))
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, known):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=known):
+                pyro.sample("extra", dist.Normal(x, 0.1))
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
+
+    x, none = torch.zeros(100), torch.zeros(100, dtype=torch.bool)
+    found = calibration(model, guide, (x, none), num_runs=400, num_draws=19)
+    assert found.names[0] == "z"
+    assert found.rejected == ()
+    with pytest.raises(ProgramError, match="'extra' is masked out for some"):
+        calibration(model, guide, (x, torch.arange(100) < 50), num_runs=100, num_draws=19)
+    with pytest.raises(ProgramError, match="'extra' is masked out for some"):
+        calibration(model, guide, (x[:4], torch.arange(4) < 2), num_runs=4, num_draws=2**13 - 1,
+                    num_bins=2)  # fmt: skip
 
 
 def test_models_that_cannot_be_simulated_are_refused():

@@ -22,7 +22,7 @@ from pvae.baselines import (
     StudentTMixture,
 )
 from pvae.baselines.density import as_rows
-from pvae.baselines.em import log_joint
+from pvae.baselines.em import log_joint, normalise
 from pvae.baselines.kmeans import assign, kmeans
 from pvae.errors import DataError, NonFiniteError, OptionError, PvaeError
 
@@ -100,6 +100,21 @@ def theirs(start, x, iterations, **options):
             tol=0,
             **options,
         ).fit(x)
+
+
+def test_responsibilities_are_taken_in_blocks_of_an_e_step(monkeypatch):
+    ours = GaussianMixture(3, covariance_type="full").fit(clumps())
+    whole, taken = ours.responsibilities(clumps(seed=1)), []
+
+    def counting(joint):
+        taken.append(len(joint))
+        return normalise(joint)
+
+    monkeypatch.setattr("pvae.baselines.mixture.normalise", counting)
+    monkeypatch.setattr("pvae.baselines.em._BLOCK_ENTRIES", 250 * 3 * 4)
+    in_parts = ours.responsibilities(clumps(seed=1))
+    assert taken == [250, 250, 100]
+    torch.testing.assert_close(in_parts, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("covariance_type", COVARIANCES)

@@ -173,6 +173,25 @@ def test_curve_of_a_pair_rises_to_the_evidence(pair):
     assert abs(curve.bounds[-1] - truth) < SE * curve.stderr[-1] + 0.01
 
 
+def test_curve_holds_few_rows_of_particles_at_once(pair):
+    model, x = pair
+    held = []
+
+    def counting(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).to(x), 1.0).to_event(1))
+            loc = z @ model.weight.T + model.offset
+            held.append(loc.shape[:-1].numel())
+            pyro.sample("x", dist.Normal(loc, model.log_noise.exp()).to_event(1), obs=x)
+
+    rows = x.repeat(5, 1)
+    measured_curve(counting, scaled_guide(model, 1.6), rows, sizes=(4, 64, 512))
+    assert 1024 < max(held) <= 2048
+    held.clear()
+    measured_curve(counting, scaled_guide(model, 1.6), x[:3], sizes=(4, 4096))
+    assert max(held) == 4096  # all of one datum, of three one after another
+
+
 def test_stderr_of_the_curve_is_its_spread(pair):
     model, x = pair
     torch.manual_seed(3)
@@ -192,6 +211,26 @@ def test_a_falling_curve_is_an_error(pair):
         log_evidence_curve(weights, estimate=lambda w: w.logsumexp(0) - 2 * math.log(len(w)))
     with pytest.raises(NonFiniteError):
         log_evidence_curve(weights, estimate=lambda w: w.logsumexp(0) * math.nan)
+
+
+def test_draws_of_density_zero_are_no_fault():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Poisson(3 * z.relu()), obs=x)  # zero where z < 0 and x > 0
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.2 * x, 1.0))
+
+    curve = measured_curve(model, guide, torch.arange(8.0), sizes=(1, 4, 256))
+    assert curve.bounds[0] == -math.inf
+    assert math.isfinite(curve.bounds[-1])
+    torch.manual_seed(0)
+    weights = pvae.draw(model, guide, torch.arange(8.0), 256).log_weights
+    assert log_evidence_curve(weights).bounds[:2] == (-math.inf, -math.inf)
+    with pytest.raises(NonFiniteError):
+        log_evidence_curve(-weights)  # plus infinity
 
 
 def test_a_program_that_mixes_its_particles_is_an_error(pair):

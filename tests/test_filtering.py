@@ -83,6 +83,18 @@ def test_filter_beats_importance_sampling_where_the_guide_knows_nothing():
     assert importance_bound.mean() < filter_bound.mean() < truth.mean()
 
 
+def test_the_last_weights_are_diagnosed_and_not_resampled_away():
+    """A spike of an observation at the end, which one particle in many explains."""
+    model, x, _ = setting(4)
+    steps = x.reshape(4, STEPS, FEATURES).clone()
+    lengths = torch.tensor([5, 3, 1, 4])
+    for row, length in zip(steps, lengths, strict=True):
+        row[length - 1] = 8.0
+    found = pvae.evidence.filtered(model, None, (steps, lengths), num_particles=400, num_groups=4)
+    assert bool((found.ess < 100).all())
+    assert bool((found.pareto_k > 0.5).all())
+
+
 def test_padding_never_changes_a_filter():
     model, x, _ = setting(4)
     steps = x.reshape(4, STEPS, FEATURES).clone()

@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import SE
+from pyro import poutine
 
-from pvae.errors import OptionError
+from pvae.errors import OptionError, ProgramError
 from pvae.evidence import information
 
 STRENGTHS = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
@@ -144,6 +145,32 @@ def test_dependent_sites_are_counted_together():
     rows = {each.site: each for each in found.dimensions}
     assert rows["z2"].mutual_information is None
     assert rows["z1"].mutual_information is None  # its prior follows z2
+
+
+def test_sites_that_are_masked_out():
+    """A site that no datum has carries nothing; one that some have is refused."""
+
+    def masked(x, known):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=known):
+                pyro.sample("extra", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            model_z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(STRENGTHS * model_z, 1.0).to_event(1), obs=x)
+
+    def guide(x, known):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=known):
+                pyro.sample("extra", dist.Normal(x[:, :2], 0.5).to_event(1))
+            pyro.sample("z", dist.Normal(*posterior(x)).to_event(1))
+
+    x = data(300)
+    none, some = torch.zeros(300, dtype=torch.bool), torch.arange(300) < 150
+    found = information(masked, guide, (x, none), num_draws=2)
+    assert {each.site for each in found.dimensions} == {"z"}
+    truth = float(0.5 * torch.log1p(STRENGTHS**2).sum())
+    assert abs(found.kl - truth) < SE * found.kl_stderr
+    with pytest.raises(ProgramError, match="'extra' is masked out for some"):
+        information(masked, guide, (x, some))
 
 
 def test_information_never_exceeds_its_ceiling():

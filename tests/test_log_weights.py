@@ -145,7 +145,7 @@ def test_constant_weights_have_no_tail():
     assert pareto_k(-7.5 + jitter).tolist() == [-math.inf]
 
 
-@pytest.mark.parametrize("particles", [2, 5, 15, 20])
+@pytest.mark.parametrize("particles", [1, 2, 5, 15, 20])
 def test_too_few_particles_for_a_tail(particles):
     log_weights = normal_log_weights(particles, 2)
     smoothed, khat = psis(log_weights)

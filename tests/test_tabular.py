@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 import pvae
 from pvae.errors import DataError, OptionError
+from pvae.evidence import Evidence, Rung, annealed, auto, gaps, information, standard_ladder
+from pvae.guides.gaussian import Gaussian
 from pvae.guides.masked import Masked
+from pvae.latents import encode
 from pvae.models.factor_analysis import FactorAnalysis
 from pvae.models.tabular import Tabular
+from pvae.out_of_distribution import detect
 
 COLUMNS = ("count", "real", "categorical:3", "positive", "binary", "categorical:2")
 X_DIM = len(COLUMNS)
@@ -162,7 +168,7 @@ def test_values_outside_a_column_are_refused():
 
 def test_missing_cells_are_for_models_that_take_them():
     model = FactorAnalysis(3)
-    guide = pvae.guides.gaussian.Gaussian(3, model.latents)
+    guide = Gaussian(3, model.latents)
     x = torch.tensor([[1.0, torch.nan, 0.0]] * 4)
     with pytest.raises(DataError, match="expected finite numbers"):
         pvae.fit(model, guide, x, epochs=1, progress=False)
@@ -170,6 +176,40 @@ def test_missing_cells_are_for_models_that_take_them():
     tabular = Tabular(3)
     with pytest.raises(DataError, match="inf"):
         pvae.fit(tabular, Masked(3, tabular.latents), x, epochs=1, progress=False)
+
+
+def test_all_that_judges_a_pair_takes_missing_cells():
+    torch.manual_seed(1)
+    model = Tabular(3, z_dim=1, hidden=(6,)).double()
+    guide = Masked(3, model.latents, hidden=(6,)).double()
+    x = torch.randn(6, 3).double()
+    x[0, 1], x[2, 0], x[3] = torch.nan, torch.nan, torch.nan
+    z = torch.linspace(-8, 8, 2001).double()
+    with torch.no_grad():
+        joint = model.decode(z[:, None, None]).log_prob(x) + Normal(0.0, 1.0).log_prob(z)[:, None]
+    truth = Evidence.exact(joint.logsumexp(0) + (z[1] - z[0]).log())
+
+    def short(model, guide, x, *, seed):
+        return annealed(model, guide, x, num_chains=100, num_temperatures=10, num_leapfrog=3)
+
+    ladder = [standard_ladder(100)[0], Rung("annealed", 1, short)]
+    found = auto(model, guide, x, tolerance=0.01, budget=None, ladder=ladder)
+    assert {method.partition(";")[0] for method in found.methods} == {"importance", "annealed"}
+    error = (found.log_evidence - truth.log_evidence).abs()
+    assert float((error / (found.stderr + 1e-6)).max()) < SIGMAS
+    ledger = gaps(model, guide, x, log_evidence=truth, num_particles=50, max_steps=1)
+    assert bool(ledger.total.isfinite().all())
+    assert math.isfinite(information(model, guide, x).kl)
+    board = pvae.compare({"table": (model, guide)}, x, num_particles=50)
+    assert math.isfinite(board["table"].mean)
+    found = detect(model, guide, x[:3], x[3:], reference=x, num_particles=50)
+    assert bool(found["typicality"].outside.isfinite().all())
+    assert encode(model, guide, x).mean["z"].shape == (6, 1)
+    plain = FactorAnalysis(3).double()
+    with pytest.raises(DataError, match="'plain'.*expected finite numbers"):
+        pvae.compare({"table": (model, guide), "plain": plain}, x, num_particles=50)
+    with pytest.raises(OptionError, match="'odd'"):
+        pvae.compare({"table": (model, guide), "odd": ()}, x, num_particles=50)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -204,6 +205,18 @@ def test_word_dropout_hides_words_in_training_alone():
     assert torch.equal(model.decoder(x, z), model.decoder(other, z))
     model.eval()
     assert not torch.equal(model.decoder(x, z), model.decoder(other, z))
+
+
+def test_evaluating_a_language_model_drops_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [" ".join(f"w{(i + j) % 5}" for j in range(2 + i % 3)) for i in range(60)]
+    (tmp_path / "mine.txt").write_text("\n".join(lines))
+    command = ["train", "language_model", "--data", "mine.txt", "--model.dropout", "0.5",
+               "--epochs", "1", "--run-dir", "run", "--engine", "eager"]  # fmt: skip
+    assert main(command) == 0
+    assert main(["evaluate", "run", "--num-particles", "2"]) == 0
+    about = json.loads((tmp_path / "run" / "evidence.json").read_text())
+    assert about["exact_log_evidence"] == pytest.approx(about["log_evidence"], abs=1e-5)
 
 
 def test_language_model_is_exact_at_one_particle():

@@ -60,6 +60,20 @@ def test_a_text_file_is_a_data_set(tmp_path):
     assert float(bits) == pytest.approx(10 / counted / np.log(2))
 
 
+def test_bits_per_dim_of_a_uniform_density_leave_the_padding_out_everywhere(tmp_path):
+    dataset = pvae.data.load(write(tmp_path / "mine.txt", LINES))
+
+    class Uniform(torch.nn.Module):
+        def log_evidence(self, x):
+            return -np.log(8) * (x != 0).sum(1)
+
+    for split in (dataset.train, dataset.valid, dataset.test):
+        log_p = Uniform().log_evidence(split.x).double().mean()
+        assert float(dataset.bits_per_dim(log_p, split)) == pytest.approx(3)
+    board = pvae.compare({"uniform": Uniform()}, dataset)
+    assert board["uniform"].bits_per_dim == pytest.approx(3)
+
+
 def test_empty_lines_are_left_out_with_one_sentence(tmp_path):
     with pytest.warns(UserWarning, match="2 of 42 lines are empty and left out"):
         dataset = pvae.data.load(write(tmp_path / "mine.txt", [*LINES, "", "   "]))

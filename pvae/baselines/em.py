@@ -29,6 +29,7 @@ __all__ = [
     "Parameters",
     "Score",
     "Summarize",
+    "block_rows",
     "expect",
     "log_joint",
     "normalise",
@@ -150,7 +151,7 @@ def expect(
     sums: list[Tensor] = []
     # Made beforehand: small results kept between large blocks would leave the heap in holes.
     log_density = torch.empty(len(x)).to(weights)
-    size = _block_rows(family, x, len(weights))
+    size = block_rows(family, x, len(weights))
     for block, found in zip(torch.split(x, size), torch.split(log_density, size), strict=True):
         joint, summarize = score(block.to(weights.device, dtype))
         log_evidence, responsibilities = normalise(joint)
@@ -169,7 +170,8 @@ def _rounding(family: Family, parameters: Parameters, x: Tensor) -> float | None
     return rounding if rounding <= _ROUNDING * x.shape[1] else None
 
 
-def _block_rows(family: Family, x: Tensor, size: int) -> int:
+def block_rows(family: Family, x: Tensor, size: int) -> int:
+    """Rows that an E-step takes at once."""
     return max(1, _BLOCK_ENTRIES // family.block_width(size, x.shape[1]))
 
 
@@ -326,7 +328,7 @@ def _fall(iteration: int, gain: float, family: Family, x: Tensor, before: Fit, a
     scores = [
         log_joint(family, fit.weights, fit.parameters, torch.float64) for fit in (before, after)
     ]
-    for block in torch.split(x, _block_rows(family, x, len(change))):
+    for block in torch.split(x, block_rows(family, x, len(change))):
         old, new = (score(block.to(change))[0] for score in scores)
         change += (old.softmax(1) * (new - old)).nan_to_num().sum(0)
     return (

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from pvae.baselines.density import Density, as_sizes, at_least, non_negative
-from pvae.baselines.em import EM, Fit, Parameters, Score, expect, log_joint, normalise
+from pvae.baselines.em import (
+    EM,
+    Fit,
+    Parameters,
+    Score,
+    block_rows,
+    expect,
+    log_joint,
+    normalise,
+)
 from pvae.errors import DataError, OptionError
 from pvae.progress import watched
 
@@ -163,9 +172,11 @@ class Mixture(Density):
         Raises:
             DataError: Not fitted yet, or rows that ``fit`` would refuse, or of another width.
         """
-        rows = self._rows(x, "x", self._fitted_shape()[1]).double()
+        rows = self._rows(x, "x", self._fitted_shape()[1])
         joint = log_joint(self, self.weights, self._parameters(), torch.float64)
-        return normalise(joint(rows.to(self.weights.device))[0])[1].to(rows.device)
+        blocks = torch.split(rows, block_rows(self, rows, len(self.weights)))
+        moved = (block.to(self.weights.device, torch.float64) for block in blocks)
+        return torch.cat([normalise(joint(block)[0])[1].to(rows.device) for block in moved])
 
     def _set(self, width: int, weights: Tensor, parameters: Parameters) -> Self:
         """This mixture of known parameters, as if fitted."""

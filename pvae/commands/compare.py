@@ -103,7 +103,7 @@ def _score(entries: Mapping[str, Entry], dataset: Dataset, arguments: argparse.N
     with watched(f"scoring {len(dataset.test)} test data") as progress:
         return comparison.compare(
             {name: entry for name, (entry, _) in entries.items()},
-            dataset.test,
+            dataset,
             num_particles=arguments.num_particles,
             seed=arguments.seed,
             fit_seconds={name: seconds for name, (_, seconds) in entries.items()},

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+_BLOCK = 1024  # rows scored at once where the density is exact
+
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """``pvae evaluate``: the log evidence of held-out data, written into the run folder."""
@@ -36,8 +38,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
     dataset = data_for(config, arguments.data)
     split = getattr(dataset, arguments.split)
     started = time.perf_counter()
-    import torch
-
     from pvae.evidence.sweep import tensors_of
 
     device = next((t.device for t in tensors_of(run.model, run.guide)), "cpu")
@@ -46,17 +46,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if not leads(group):
         return
     seconds = time.perf_counter() - started
-    about = _evidence_facts(evidence, dataset) | {
+    about = _evidence_facts(evidence, dataset, split) | {
         "split": arguments.split,
         "data": dataset.description(),
         "seed": arguments.seed,
         "seconds": seconds,
     }
     if callable(getattr(run.model, "log_evidence", None)):
-        with torch.no_grad():
-            exact = torch.cat([run.model.log_evidence(rows).double() for rows in _pieces(split.x)])
-            exact = exact + split.log_det
-        about["exact_log_evidence"] = float(exact.mean())
+        about["exact_log_evidence"] = float((_exact(run.model, split.x) + split.log_det).mean())
     if curve is not None:
         shift = float(split.log_det[:200].mean())
         bounds = [bound + shift for bound in curve.bounds]
@@ -70,11 +67,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
     say(f"wrote {folder}: evidence.json, evidence.nc, figures/evidence.png")
 
 
+def _exact(model: Any, x: Any) -> Any:
+    """``model.log_evidence`` of all rows, ``(N,)``, without what only training does (dropout)."""
+    import torch
+
+    from pvae.evidence.importance import evaluation
+    from pvae.evidence.sweep import tensors_of
+
+    device = next((t.device for t in tensors_of(model)), torch.device("cpu"))
+    with evaluation(model, None, seed=0, device=device):
+        pieces = [model.log_evidence(rows.to(device)).double().cpu() for rows in _pieces(x)]
+    return torch.cat(pieces)
+
+
 def _pieces(x: Any) -> Iterator[Any]:
-    """All rows, those in a file some at a time."""
+    """All rows, some at a time."""
     from pvae.data.mapped import MappedRows
 
-    yield from x.blocks() if isinstance(x, MappedRows) else (x,)
+    for block in x.blocks() if isinstance(x, MappedRows) else (x,):
+        yield from block.split(_BLOCK)
 
 
 def _estimate(
@@ -130,12 +141,12 @@ def _estimate(
     return found.shifted(split.log_det), curve
 
 
-def _evidence_facts(evidence: Any, dataset: Dataset) -> dict[str, Any]:
+def _evidence_facts(evidence: Any, dataset: Dataset, split: Any) -> dict[str, Any]:
     log_p = evidence.log_evidence.mean()
     return {
         "log_evidence": evidence.mean,
         "stderr": evidence.mean_stderr,
-        "bits_per_dim": float(dataset.bits_per_dim(log_p)),
+        "bits_per_dim": float(dataset.bits_per_dim(log_p, split)),
         "elbo": float(evidence.elbo.mean()),
         "pareto_k_above_0.7": evidence.unreliable,
         "median_ess": float(evidence.ess.median()),

@@ -126,7 +126,7 @@ def _fitted_in_words(config: Mapping[str, Any], run: Run, dataset: Dataset) -> s
     best = run.history[run.best_epoch - 1]
     offset = float(dataset.valid.log_det.mean())
     bound = best["valid_bound"] + offset
-    bits = float(dataset.bits_per_dim(torch.tensor(bound)))
+    bits = float(dataset.bits_per_dim(torch.tensor(bound), dataset.valid))
     return (
         f"best epoch {run.best_epoch} of {len(run.history)}, {run.num_parameters} parameters, "
         f"{run.seconds:.1f} s\n"

@@ -86,15 +86,20 @@ class Dataset:
         """Number of features D."""
         return self.train.x.shape[1]
 
-    def bits_per_dim(self, log_p: Tensor) -> Tensor:
-        """``-log_p / (D ln 2)``: nats per datum to bits per dimension.
+    def num_dims(self, part: Split | None = None) -> float:
+        """D; of sequences the mean number of dimensions of a split that are not padding.
 
-        Of sequences, D is the mean number of dimensions of the test split that are not padding.
+        Args:
+            part: The split; test if ``None``.
         """
-        dims: float = self.x_dim
-        if self.padding is not None:
-            dims = float((self.test.x != self.padding).sum()) / len(self.test)
-        return -log_p / (dims * math.log(2))
+        part = self.test if part is None else part
+        if self.padding is None:
+            return self.x_dim
+        return float((part.x != self.padding).sum()) / len(part)
+
+    def bits_per_dim(self, log_p: Tensor, part: Split | None = None) -> Tensor:
+        """``-log_p / (D ln 2)``: nats per datum to bits per dimension, D that of ``num_dims``."""
+        return -log_p / (self.num_dims(part) * math.log(2))
 
     def description(self) -> str:
         """One line: ``digits: 1257/180/360 x 64, continuous (dequantize), original 0..16``."""

@@ -308,7 +308,7 @@ class Annealer:
         progress: Progress | None = None,
     ) -> Evidence:
         """Evidence of all data, a block after another, under one seed."""
-        batch = as_batch(x, device=self.device)
+        batch = as_batch(x, device=self.device, model=self.model)
         with evaluation(self.model, self.guide, seed=seed, device=self.device):
             size = self.look(batch, unit)
             pieces = [weigh(rows) for rows in blocks(batch, size, progress)]

@@ -22,6 +22,7 @@ from pvae.errors import DataError, OptionError, ProgramError
 from pvae.evidence.importance import evaluation
 from pvae.particles import (
     Layout,
+    Particles,
     by_datum,
     draw,
     inspect,
@@ -45,6 +46,10 @@ Simulator = Callable[[Any], tuple[dict[str, Tensor], Any]]
 
 _STREAM = 103 * 10**7  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = 2**14
+_MASKED = (
+    "site {!r} is masked out for some of the data, which have no truth to rank: take a template "
+    "that has it everywhere or nowhere"
+)
 _DENSITY, _JOINT, _DISTANCE = "log q", "log joint", "distance to a random point"
 
 
@@ -277,7 +282,8 @@ def calibration(
 
     Raises:
         OptionError: A number is out of range.
-        ProgramError: The programs do not fit each other, or the model cannot be simulated.
+        ProgramError: The programs do not fit each other, the model cannot be simulated, or a latent
+            site is masked out for some of the data.
     """
     uniformity(torch.zeros(1, 1, dtype=torch.long), num_draws, num_bins)
     if num_runs < 2 or not 0 < alpha < 1 or (importance is not None and importance < num_draws):
@@ -303,9 +309,12 @@ def calibration(
         while done < num_runs:
             size = max(2, min(block, num_runs - done))
             truth, rows = make(_cycled(template, done, size))
+            before = names
             names, block_ranks = _ranks(
                 model, guide, rows, truth, layout, particles, num_draws, importance is not None
             )
+            if ranks and names != before:
+                raise ProgramError(_MASKED.format(next(iter({*names} ^ {*before}))))
             ranks.append(block_ranks.cpu())
             done += size
             if progress is not None:
@@ -341,6 +350,7 @@ def _ranks(
 ) -> tuple[tuple[str, ...], Tensor]:
     """Ranks ``(B, Q)`` of one block, and the names of its quantities."""
     drawn = draw(model, guide, rows, particles, layout=layout)
+    latents = _present(drawn, layout)
     missing = [name for name in layout.latents if name not in truth]
     if missing:
         raise ProgramError(
@@ -349,7 +359,7 @@ def _ranks(
     true_values = {n: _as_particle(truth[n], layout, n) for n in layout.latents}
     names: list[str] = []
     ours, theirs = [], []
-    for name in layout.latents:
+    for name in latents:
         values = by_datum(drawn.values[name], layout, name).double()
         values = values.reshape(*values.shape[:2], -1)
         true = by_datum(true_values[name], layout, name).double()
@@ -382,6 +392,18 @@ def _ranks(
         values = values.gather(0, chosen[..., None].expand(-1, -1, values.shape[2]))
     names += [_JOINT, *([] if resample else [_DENSITY]), _DISTANCE]
     return tuple(names), ranks_of(true_all, values)
+
+
+def _present(drawn: Particles, layout: Layout) -> list[str]:
+    """The latent sites without those that are masked out for all data."""
+    found = []
+    for name in layout.latents:
+        absent = ((drawn.log_p[name] == 0) & (drawn.log_q[name] == 0)).all(0)
+        if not bool(absent.any()):
+            found.append(name)
+        elif not bool(absent.all()):
+            raise ProgramError(_MASKED.format(name))
+    return found
 
 
 def _density(log_q: Any, resample: bool) -> Tensor | None:  # noqa: FBT001

@@ -116,7 +116,10 @@ def _filter(
         if proposal is not prior:
             gain = gain + prior.at(t, before["p"]).log_prob(z) - drawn.log_prob(z)
         log_weights = log_weights + gain.double().masked_fill(~mask[:, t], 0.0)
-        log_weights, index = ancestors(log_weights, size, ess_threshold)
+        after, index = ancestors(log_weights, size, ess_threshold)
+        # At its end a sequence is weighed, not resampled: that would leave nothing to diagnose.
+        goes_on = mask[:, t + 1] if t + 1 < mask.shape[1] else torch.zeros_like(mask[:, t])
+        log_weights = torch.where(goes_on, after, log_weights)
         z = z.gather(0, index[..., None].expand_as(z))
         before = {"p": z, "q": z}
     return log_weights

@@ -167,7 +167,7 @@ def gaps(
             f"got {num_particles}, {max_steps}, {lr} and {tolerance}"
         )
     device = _device(model, guide)
-    batch = as_batch(x, device=device)
+    batch = as_batch(x, device=device, model=model)
     total = num_rows(batch)
     _check_length("log_evidence", log_evidence, total)
     _check_length("best_elbo", best_elbo, total)

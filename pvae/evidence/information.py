@@ -10,7 +10,7 @@ Hoffman & Johnson (2016), ELBO surgery. The mutual information cannot exceed ``l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,13 @@ from pvae.families import marginals
 from pvae.particles import (
     LatentSite,
     Layout,
+    Particles,
     by_datum,
+    draw,
     inspect,
-    latent_sites,
     log_guide,
     module_of,
+    sum_terms,
 )
 
 __all__ = ["Dimension", "Information", "information"]
@@ -147,7 +149,8 @@ def information(
         seed: Seed of the draws; the caller's random stream is untouched.
 
     Raises:
-        ProgramError: The programs do not fit each other, or no latent site is inside the plate.
+        ProgramError: The programs do not fit each other, no latent site is inside the plate, or one
+            is masked out for some of the data.
         OptionError: ``num_draws`` or ``max_data`` is too small.
     """
     if num_draws < 1 or max_data < 2:
@@ -156,7 +159,7 @@ def information(
         )
     modules = [m for m in (module_of(model), module_of(guide)) if m is not None]
     device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
-    batch = as_batch(x, device=device)
+    batch = as_batch(x, device=device, model=model)
     total = min(num_rows(batch), max_data)
     if total < 2:
         raise OptionError("the information that latents carry needs at least two data, got one")
@@ -168,13 +171,14 @@ def information(
                 f"site {layout.globals[0]!r} is shared by all data: move it inside the data plate, "
                 "or condition on it"
             )
-        sites = latent_sites(model, guide, rows, num_draws, layout)
+        drawn = draw(model, guide, rows, num_draws, layout=layout, sites=True)
+        sites = _present(drawn, layout)
         dimensions, undivided = [], []
         for name, site in sites.items():
             found = _dimensions(name, site, layout)
             dimensions += found
             undivided += [] if found else [name]
-        kl, marginal = _joint(guide, rows, sites, layout)
+        kl, marginal = _joint(guide, rows, drawn, layout)
     per_datum = kl.mean(0)
     return Information(
         dimensions=tuple(dimensions),
@@ -186,6 +190,24 @@ def information(
         num_data=total,
         undivided=tuple(undivided),
     )
+
+
+def _present(drawn: Particles, layout: Layout) -> dict[str, LatentSite]:
+    """The latent sites without those that are masked out for all data."""
+    found: dict[str, LatentSite] = {}
+    for name, site in (drawn.sites or {}).items():
+        term = site.prior.log_prob(site.value)
+        shape = site.value.shape[: site.value.dim() - layout.event_dims[name]]
+        full = by_datum(term.expand(shape), _without_events(layout), name)
+        whole = full.flatten(2).sum(2) if full.dim() > 2 else full
+        if torch.allclose(drawn.log_p[name], whole, rtol=1e-4, atol=1e-4):
+            found[name] = site
+        elif bool(drawn.log_p[name].any()):
+            raise ProgramError(
+                f"site {name!r} is masked out for some of the data or within them, so they have no "
+                "posterior in common: take data that all have it whole"
+            )
+    return found
 
 
 def _stderr(per_datum: Tensor) -> float:
@@ -314,21 +336,12 @@ def _density_under_all(
 # --- all sites together --------------------------------------------------------------------------
 
 
-def _joint(
-    guide: Any, rows: Any, sites: Mapping[str, LatentSite], layout: Layout
-) -> tuple[Tensor, Tensor]:
+def _joint(guide: Any, rows: Any, drawn: Particles, layout: Layout) -> tuple[Tensor, Tensor]:
     """``log q(z|x) - log p(z)`` and ``log q(z) - log p(z)`` of every draw, each ``(K, B)``."""
-    first = next(iter(sites.values()))
-    num_draws, num_data = first.value.shape[0], num_rows(rows)
-    values = {name: site.value for name, site in sites.items()}
-    log_q = log_guide(guide, rows, values, num_draws, layout).double()
-    log_p = torch.zeros_like(log_q)
-    for name, site in sites.items():
-        term = site.prior.log_prob(site.value).double()
-        full = by_datum(term.expand(site.value.shape[: site.value.dim() - layout.event_dims[name]]),
-                        _without_events(layout), name)  # fmt: skip
-        log_p = log_p + full.flatten(2).sum(2) if full.dim() > 2 else log_p + full
-    points = {n: by_datum(v, layout, n).flatten(0, 1) for n, v in values.items()}
+    num_draws, num_data = drawn.shape
+    log_q = sum_terms(drawn.log_q).double()
+    log_p = sum_terms({name: drawn.log_p[name].double() for name in layout.latents})
+    points = {n: by_datum(drawn.values[n], layout, n).flatten(0, 1) for n in layout.latents}
     width = sum(point[0].numel() for point in points.values())
     chunk = max(1, _MAX_PAIRS // (num_data * width))
     pieces = []
