@@ -138,6 +138,14 @@ def test_tables_become_marginals_and_clouds(width, count):
     assert overlaps(figure) == []
 
 
+def test_one_datum_is_a_picture_too(tmp_path):
+    for figure in (
+        plots.samples_beside_data({"model": torch.randn(50, 3)}, torch.randn(1, 3)),
+        plots.latent_scatter(torch.randn(1, 3)),
+    ):
+        plots.save(figure, tmp_path / "one.png")
+
+
 def test_reconstructed_tables_tell_the_error():
     x = torch.randn(20, 3)
     figure = plots.reconstructions(x, {"a": x + 0.5, "b": x})

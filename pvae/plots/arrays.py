@@ -31,8 +31,9 @@ def or_zero(value: float) -> float:
 
 
 def principal_axes(points: Array) -> tuple[Array, Array, Array]:
-    """Centre ``(D,)``, principal axes ``(D, D)`` and the share of variance along each."""
+    """Centre ``(D,)``, principal axes, two at least, and the share of variance along each."""
     centre = points.mean(0)
-    _, singular, axes = np.linalg.svd(points - centre, full_matrices=False)
+    spread = points - centre if len(points) > 1 else np.zeros((2, points.shape[1]))
+    _, singular, axes = np.linalg.svd(spread, full_matrices=False)
     share = singular**2 / max(float((singular**2).sum()), 1e-300)
     return centre, axes, share
