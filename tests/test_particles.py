@@ -907,7 +907,9 @@ def test_one_by_one_has_the_same_shapes(x, num_particles):
     assert one.values["z"].shape == all_.values["z"].shape == (num_particles, B, 2)
 
 
-@pytest.mark.parametrize("options", [{"sites": True}, {"relax": lambda *_: None}], ids=["sites", "relax"])
+@pytest.mark.parametrize(
+    "options", [{"sites": True}, {"relax": lambda *_: None}], ids=["sites", "relax"]
+)
 def test_one_by_one_has_no_sites_to_give(x, options):
     with pytest.raises(ProgramError, match="all particles at once.* leave vectorize at True"):
         pvae.draw(plain_model, plain_guide, x, K, vectorize=False, **options)
