@@ -55,7 +55,8 @@ class Loss:
     Attributes:
         loss: ``()``, minus the mean bound per datum, and the penalty if there is one;
             differentiate this.
-        bound: ``(B,)`` the quoted bound at the current KL weight, nats per datum.
+        bound: ``(B,)`` the quoted bound at the current KL weight, nats per datum; terms of sites
+            shared by all data are in the loss alone.
         elbo: ``(B,)`` the ELBO at KL weight one.
         reconstruction: ``(B,)`` mean over particles of ``log p(x|z)``.
         kl: ``(B,)`` mean over particles of ``log q(z|x) - log p(z)``, or its closed form.
