@@ -128,8 +128,10 @@ def describe(
     """
     tensor = tensors[key]
     users = {n: w for n, w in found.items() if w is not None and w.entry == key}
-    site = observed[next(iter(users))] if users else None
-    has_steps = any(w.step is not None for w in users.values())
+    steps = {where.step for where in users.values()} - {None}
+    has_steps = len(steps) > 1  # one slice alone is a target beside its inputs
+    scored = [n for n, w in users.items() if has_steps or w.step is None]
+    site = observed[scored[0]] if scored else None
     unit = unit_of(support_of(site.distribution)) if site is not None else None
     plates: dict[int, str] = {}
     if site is not None and not has_steps:
@@ -141,7 +143,7 @@ def describe(
         has_steps=has_steps,
         is_count=site is not None and _is_count(unit),
         categories=categories_of(site.distribution) if site is not None else None,
-        is_observed=site is not None,
+        is_observed=bool(users),
         mask=_mask_of_entry(site, tensors) if site is not None and not has_steps else None,
         has_missing=tensor.is_floating_point() and bool(tensor.isnan().any()),
     )

@@ -120,6 +120,21 @@ def test_encoder_follows_the_shape_of_the_data(name):
     assert encoder.scaled.categories == (8 if name == "latent_dirichlet" else 0)
 
 
+def test_a_target_beside_its_inputs_is_a_column_and_no_step():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+            pyro.sample("y", dist.Poisson(z.exp()), obs=x[:, -1])
+
+    torch.manual_seed(0)
+    batch = torch.cat([torch.randn(ROWS, 2), torch.poisson(torch.ones(ROWS, 1))], 1)
+    guide = pvae.guides.auto(model, batch)
+    encoder = guide.encoders["input_0"]
+    assert type(encoder).__name__ == "VectorEncoder"
+    assert not encoder.scaled.counts  # the inputs are negative too
+    assert torch.isfinite(pvae.draw(model, guide, batch, 3).log_weights).all()
+
+
 def test_a_loop_shares_one_head():
     _, guide, _ = derive("state_space")
     assert list(guide.heads) == ["z_each"]
