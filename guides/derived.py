@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pvae.assembly import Assembly, Recipe, assemble
 from pvae.contexts import aligned, flattened, joined, summarised
-from pvae.errors import ProgramError
+from pvae.errors import OptionError, ProgramError
 from pvae.placement import Plate, Where
 from pvae.structure import Structure
 
@@ -68,6 +68,8 @@ class Auto(nn.Module):
         image_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if rank < 1:
+            raise OptionError(f"rank must be at least 1, got {rank}")
         found: Assembly = assemble(
             model, example_batch, also=also, family=family, encoder=encoder, hidden=hidden,
             activation=activation, rank=rank, moments=(x_mean, x_scale), image_shape=image_shape,

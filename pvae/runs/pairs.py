@@ -88,22 +88,42 @@ def _construct(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            return _checked(source.name, source.factory(**{**filled, **options}))
+            return _checked(source.name, source.factory(**{**filled, **options}), options)
     except PvaeError:
         raise
     except Exception as error:
-        reason = catalogue.blame(error) or f"{type(error).__name__}: {first_line(error)}"
+        blamed = catalogue.blame(error)
+        small = _too_small(options)
+        if small is not None:
+            place = "" if blamed is None else f" ({blamed.partition(': ')[0]})"
+            raise ProgramError(
+                f"{source.name} cannot be built with {small}: give sizes of at least 1{place}"
+            ) from error
+        reason = blamed or f"{type(error).__name__}: {first_line(error)}"
         raise ProgramError(
             f"{source.name} cannot be built with these options ({reason})"
         ) from error
 
 
-def _checked(name: str, program: Any) -> Any:
+def _too_small(options: Mapping[str, Any]) -> str | None:
+    """The options that hold a whole number below one, in words."""
+    small = {
+        name: value
+        for name, value in options.items()
+        for entry in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(entry, int) and not isinstance(entry, bool) and entry < 1
+    }
+    return ", ".join(f"{name} = {value}" for name, value in small.items()) or None
+
+
+def _checked(name: str, program: Any, options: Mapping[str, Any]) -> Any:
     """Refuse a size of zero, which torch takes."""
+    small = _too_small(options)
     for parameter, value in getattr(program, "named_parameters", list)():
         if value.numel() == 0:
+            reason = f", with {small}" if small is not None else ""
             raise OptionError(
-                f"{name} has an empty parameter {parameter!r} of shape {tuple(value.shape)}: give "
-                "sizes of at least 1"
+                f"{name} has an empty parameter {parameter!r} of shape {tuple(value.shape)}"
+                f"{reason}: give sizes of at least 1"
             )
     return program
