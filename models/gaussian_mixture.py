@@ -18,13 +18,18 @@ __all__ = ["GaussianMixture"]
 class GaussianMixture(nn.Module):
     """A Gaussian mixture with diagonal covariances, trained by summing the component out.
 
-    Train it with ``objective=pyro.infer.TraceEnum_ELBO()`` and an empty guide, or with the exact
-    posterior as guide.
+    Train it with ``objective=pyro.infer.TraceEnum_ELBO()`` and an empty guide, or, as ``pvae train``
+    does, with the exact posterior as guide.
 
     Args:
         x_dim: Number of features D.
         num_components: Number of components C.
     """
+
+    train_defaults = {
+        "guide": "exact",
+        "objective_options": {"gradient": "mixed", "num_particles": 4},
+    }
 
     def __init__(self, x_dim: int, *, num_components: int = 10) -> None:
         super().__init__()
