@@ -507,3 +507,47 @@ def test_other_data_are_prepared_as_the_training_data_were(tmp_path, capsys, mon
         assert main(["evaluate", "run", "--data", name, "--num-particles", "20"]) == 0
         found[name] = json.loads(Path("run/evidence.json").read_text())["log_evidence"]
     assert found["shifted.npy"] < found["x.npy"] - 10
+
+
+REGRESSION = """
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+
+class Regression(nn.Module):
+    def __init__(self, x_dim: int):
+        super().__init__()
+        self.net = nn.Linear(x_dim, 1)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            mean = self.net(torch.cat([x[:, :-1], x[:, :1]], -1))[..., 0] + z
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=x[:, -1])
+"""
+
+
+@pytest.mark.parametrize(("transform", "warned"), [("standardize", True), ("none", False)])
+def test_a_scale_that_counts_more_than_is_scored_is_pointed_out(transform, warned, capsys):
+    Path("regression.py").write_text(REGRESSION)
+    rows = 3 * np.random.default_rng(0).normal(size=(60, 3))
+    np.savetxt("rows.csv", rows, delimiter=",")
+    options = ["--epochs", "1", "--engine", "eager", "--transform", transform, "--run-dir", "r"]
+    assert main(["train", "./regression.py", "--data", "rows.csv", *options]) == 0
+    said = "the model scores 1 of the 3 numbers of a datum"
+    assert (said in capsys.readouterr().err) == warned
+    assert main(["evaluate", "r", "--num-particles", "5"]) == 0
+    assert (said in capsys.readouterr().err) == warned
+    assert main(["sample", "r"]) == 2
+    assert "inputs you want" in capsys.readouterr().err
+
+
+def test_a_mixture_trains_without_a_word_on_its_guide() -> None:
+    assert main(["train", "gaussian-mixture", "--epochs", "1", "--run-dir", "mixture"]) == 0
+    run = pvae.load("mixture")
+    x = pvae.data.load("digits").test.x[:5]
+    weights = pvae.draw(run.model, run.guide, x, num_particles=3).log_weights
+    exact = run.model.log_evidence(x).expand(3, 5)
+    torch.testing.assert_close(weights, exact, rtol=1e-4, atol=1e-3)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pvae.data import Dataset
     from pvae.distributed import Group
 
-__all__ = ["data_for", "grouped", "load_data", "threads"]
+__all__ = ["data_for", "grouped", "load_data", "threads", "warn_of_unscored"]
 
 _SMALL = 1_000_000  # numbers of training data
 
@@ -49,6 +49,22 @@ def _warn_of_constants(dataset: Dataset) -> None:
             f"{len(constant)} of {dataset.x_dim} features never vary in the training data (the "
             f"first is number {constant[0]}): densities there tell of each method's floor alone, "
             "so leave them out before comparing",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_unscored(model: Any, dataset: Dataset) -> None:
+    """The change of scale counts all numbers of a datum, also those that a regression is given."""
+    first = dataset.valid.log_det[:2]
+    if not bool(first.any()):
+        return
+    labels = None if dataset.valid.labels is None else dataset.valid.labels[:2]
+    scored = runs.num_scored(model, runs.batch_for(model, dataset.valid.x[:2], labels))
+    if scored < dataset.x_dim:
+        warnings.warn(
+            f"the model scores {scored} of the {dataset.x_dim} numbers of a datum, and nats on the "
+            "original scale count the change of scale of them all: train with --transform none",
             UserWarning,
             stacklevel=2,
         )

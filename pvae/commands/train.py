@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import __version__, catalogue, runs
-from pvae.commands.preparing import grouped, load_data, threads
+from pvae.commands.preparing import grouped, load_data, threads, warn_of_unscored
 from pvae.commands.programs import Programs, choose_likelihood
 from pvae.commands.saying import say
 from pvae.errors import OptionError, RunError
@@ -116,6 +116,7 @@ def refuse_changes(config: Mapping[str, Any], before: Mapping[str, Any], folder:
 
 def _finish_train(config: Mapping[str, Any], run: Run, dataset: Dataset, folder: Path) -> None:
     say(_fitted_in_words(config, run, dataset))
+    warn_of_unscored(run.model, dataset)
     runs.draw_figures(run, dataset, folder, name=config["model"])
     say(f"wrote {folder}; next: pvae evaluate {folder}")
 
@@ -130,8 +131,8 @@ def _fitted_in_words(config: Mapping[str, Any], run: Run, dataset: Dataset) -> s
     return (
         f"best epoch {run.best_epoch} of {len(run.history)}, {run.num_parameters} parameters, "
         f"{run.seconds:.1f} s\n"
-        f"validation bound ({config['objective']}) {bound:.2f} nats per datum, "
-        f"{bits:.3f} bits/dim on the original scale"
+        f"on the original scale: validation bound ({config['objective']}) {bound:.2f} nats per "
+        f"datum, {bits:.3f} bits/dim"
     )
 
 

@@ -31,7 +31,7 @@ from pvae.runs.datasets import (
 from pvae.runs.figures import draw_board_figures, draw_figures, save_figure
 from pvae.runs.files import read_yaml, write_json, write_yaml
 from pvae.runs.folders import begin, create, next_folder, publish
-from pvae.runs.generation import generate
+from pvae.runs.generation import generate, num_scored
 from pvae.runs.loading import history, load
 from pvae.runs.pairs import find, pair
 
@@ -51,6 +51,7 @@ __all__ = [
     "keep_labels",
     "load",
     "next_folder",
+    "num_scored",
     "pair",
     "publish",
     "read_config",

@@ -9,7 +9,25 @@ from pvae.errors import ProgramError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["generate"]
+__all__ = ["generate", "num_scored"]
+
+
+def num_scored(model: Any, example: Any) -> int:
+    """How many numbers of each datum of an example the model's observed sites score."""
+    from pyro import poutine
+
+    from pvae.evidence.importance import evaluation
+    from pvae.particles import arguments, module_of
+
+    module = module_of(model)
+    device = next((p.device for p in module.parameters()), None) if module is not None else None
+    args = tuple(part.to(device) for part in arguments(example)[0])
+    with evaluation(model, None, seed=0, device=args[0].device), poutine.block():
+        trace = poutine.trace(model).get_trace(*args)
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    observed = [node["value"] for node in nodes if node["is_observed"]]
+    sizes = [value.numel() for value in observed if hasattr(value, "numel")]
+    return sum(sizes) // len(args[0])
 
 
 def generate(
@@ -52,7 +70,10 @@ def generate(
         observed = node["type"] == "sample" and node["infer"].get("was_observed")
         if observed and node["value"].shape == example.shape:
             return node["value"].cpu(), _mean(node["fn"], example.shape), latent
-    raise ProgramError("the model observes no site of the shape of its data, so it cannot sample")
+    raise ProgramError(
+        "the model observes no site of the shape of its data, so it cannot make any by itself: call "
+        "it from Python on the inputs you want (pvae.load)"
+    )
 
 
 def _mean(distribution: Any, shape: Any) -> Tensor | None:
