@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -51,7 +52,22 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are errors like any other."""
 
     def error(self, message: str) -> NoReturn:
-        raise OptionError(message.removeprefix("argument "))
+        raise OptionError(_in_own_words(self.prog, message.removeprefix("argument ")))
+
+
+def _in_own_words(command: str, message: str) -> str:
+    """What argparse found wrong, with the way out."""
+    missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+    if missing:
+        return f"{command} needs {missing[1]}: see {command} --help"
+    unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
+    if unknown:
+        return f"{command} cannot take {unknown[1]!r} beside the rest: see {command} --help"
+    choice = re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message)
+    if choice:
+        known = re.findall(r"[\w-]+", choice[3])
+        return f"{choice[1]} cannot be {choice[2]!r}: {did_you_mean(choice[2], known)}"
+    return message
 
 
 def _whole(text: str) -> int:
@@ -59,8 +75,19 @@ def _whole(text: str) -> int:
     with contextlib.suppress(ValueError, OverflowError):
         number = float(text)
         if number.is_integer():
-            return int(text) if text.lstrip("+-").isdigit() else int(number)
+            whole = int(text) if text.lstrip("+-").isdigit() else int(number)
+            if abs(whole) < 2**63:
+                return whole
+            raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text!r}")
     raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+
+
+def _seed(text: str) -> int:
+    """What every generator takes, scikit-learn's too."""
+    seed = _whole(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 2^32 - 1, got {text!r}")
+    return seed
 
 
 def _real(text: str) -> float:
@@ -163,7 +190,7 @@ def _fill_train(parser: _Parser) -> None:
         "patience", _or_none(_whole), "N", "stop after N epochs without a better validation bound"
     )
     option("parts", _or_none(_whole), "P", "parts of a batch; one for each process if left out")
-    option("seed", _whole, "N", "of parameters, order and noise; the split is fixed")
+    option("seed", _seed, "N", "of parameters, order and noise; the split is fixed")
     option("device", str, "DEVICE", "auto, cpu, cuda, …")
     option("engine", str, "ENGINE", "auto, eager, staged, compiled or cudagraph: how a step is run")
     option("precision", str, "P", "full, or bfloat16 for linear and convolution layers")
@@ -211,7 +238,7 @@ def _fill_evaluate(parser: _Parser) -> None:
         "--split", choices=("test", "valid", "train"), default="test", help="which data (test)"
     )
     parser.add_argument("--data", metavar="D", help="other data than the run was trained on")
-    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
     parser.add_argument(
         "--method",
@@ -244,12 +271,12 @@ def _fill_diagnose(parser: _Parser) -> None:
     parser.add_argument(
         "--num-runs", type=_whole, metavar="N", default=2000, help="simulated data (2000)"
     )
-    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
 
 def _fill_doctor(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
-    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
 
 def _fill_compare(parser: _Parser) -> None:
@@ -268,7 +295,7 @@ def _fill_compare(parser: _Parser) -> None:
     parser.add_argument(
         "--epochs", type=_whole, metavar="N", default=100, help="of each VAE it fits (100)"
     )
-    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of fits and draws (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of fits and draws (0)")
 
 
 def _fill_board(parser: _Parser) -> None:
@@ -295,7 +322,10 @@ def _fill_board(parser: _Parser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, got {text!r}")
+    return names
 
 
 def _fill_sample(parser: _Parser) -> None:
@@ -304,7 +334,7 @@ def _fill_sample(parser: _Parser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help=".npy or .png, or .txt of text (RUN/samples.npy)"
     )
-    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
 
 def _fill_use(parser: _Parser, out: str) -> None:
@@ -312,7 +342,7 @@ def _fill_use(parser: _Parser, out: str) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument("--data", metavar="D", help="other data than the run was trained on")
     parser.add_argument("--out", metavar="FILE", help=out)
-    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
 
 def _fill_encode(parser: _Parser) -> None:
@@ -372,7 +402,7 @@ def _fill_ood(parser: _Parser) -> None:
     parser.add_argument(
         "--num-particles", type=_whole, metavar="K", default=100, help="draws per datum (100)"
     )
-    parser.add_argument("--seed", type=_whole, metavar="N", default=0, help="of the draws (0)")
+    parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
 
 def _fill_list(parser: _Parser) -> None:

@@ -67,8 +67,11 @@ def test_evaluate_auto_says_who_spoke(trained, capsys):
         (["evaluate", "RUN", "--tolerance", "0.1"], "--tolerance is for --method auto"),
         (["evaluate", "RUN", "--budget", "9"], "--budget is for --method auto"),
         (["evaluate", "RUN", "--num-temperatures", "9"], "--num-temperatures is for --method"),
-        (["evaluate", "RUN", "--method", "magic"], "invalid choice: 'magic'"),
-        (["evaluate", "RUN", "--method", "auto", "--tolerance", "-1"], "positive tolerance"),
+        (["evaluate", "RUN", "--method", "magic"], "--method cannot be 'magic'"),
+        (
+            ["evaluate", "RUN", "--method", "auto", "--tolerance", "-1"],
+            "--tolerance must be positive",
+        ),
         (["evaluate", "RUN", "--method", "auto", "--budget", "3"], "does not pay for importance"),
         (["diagnose", "RUN", "--num-runs", "0"], "--num-runs must be at least 2, got 0"),
         (["diagnose", "nowhere"], "there is no run folder nowhere"),

@@ -17,6 +17,7 @@ from pvae.cli import main
 SMALL = ["--epochs", "1", "--model.hidden", "[8]", "--guide.hidden", "[8]", "--model.z_dim", "2"]
 TRAIN = ["train", "vae", *SMALL]
 
+NORMAL = "dist.Normal(self.net(z), 1.0)"
 MODEL = """
 import pyro
 import pyro.distributions as dist
@@ -89,6 +90,21 @@ def damaged(place: Path, trained: Path) -> str:
         content[len(content) // 2] ^= 1
         path.write_bytes(bytes(content))
     return str(folder)
+
+
+def retyped(place: Path, trained: Path) -> str:
+    folder = place / "retyped"
+    shutil.copytree(trained, folder)
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: x"))
+    return str(folder)
+
+
+def counts(place: Path) -> str:
+    path = place / "counts.py"
+    likelihood = "dist.Poisson(self.net(z).exp())"
+    path.write_text(Path(model_file(place)).read_text().replace(NORMAL, likelihood))
+    return str(path)
 
 
 def other_data(place: Path, trained: Path) -> str:
@@ -192,7 +208,27 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
     "negative latent dimension": (
         lambda p, r: ["train", "vae", "--model.z_dim", "-3"],
         2,
-        ("vae cannot be built",),
+        ("vae cannot be built with z_dim = -3", "at least 1"),
+    ),
+    "width of zero": (
+        lambda p, r: ["train", "vae", "--guide.hidden", "[0]"],
+        2,
+        ("hidden = [0]", "at least 1"),
+    ),
+    "rank of zero": (
+        lambda p, r: ["train", "vae", "--guide.rank", "0"],
+        2,
+        ("rank must be at least 1, got 0",),
+    ),
+    "seed beyond all generators": (
+        lambda p, r: ["evaluate", str(r), "--seed", "9" * 20],
+        2,
+        ("--seed", "2^63"),
+    ),
+    "seed of scikit-learn": (
+        lambda p, r: ["compare", "--seed", "-1"],
+        2,
+        ("--seed", "from 0 to 2^32 - 1", "'-1'"),
     ),
     "broken latent dimension": (
         lambda p, r: ["train", "vae", "--model.z_dim", "2.5"],
@@ -258,7 +294,7 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
     "model that cannot be built": (
         lambda p, r: ["train", model_file(p), "--model.width", "-4"],
         2,
-        ("cannot be built", "mine.py, line 12"),
+        ("cannot be built with width = -4", "mine.py, line 12"),
     ),
     "two models in a file": (
         lambda p, r: [
@@ -287,6 +323,11 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         lambda p, r: [*TRAIN, "--model.likelihood", "bernoulli"],
         65,
         ("Bernoulli", "binari"),
+    ),
+    "counts that were given noise": (
+        lambda p, r: ["train", counts(p), "--data", table(p, "1,2\n3,0\n5,1\n" * 9)],
+        65,
+        ("Poisson", "whole numbers from 0", "transform='none'"),
     ),
     "misspelt binarize": (
         lambda p, r: [*TRAIN, "--binarize", "dinamic"],
@@ -358,6 +399,24 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         66,
         ("cannot be written",),
     ),
+    "run folder whose options are of another kind": (
+        lambda p, r: ["evaluate", retyped(p, r)],
+        66,
+        ("config.yaml", "'seed'", "'x'"),
+    ),
+    "no run folder": (lambda p, r: ["evaluate"], 2, ("needs RUN", "evaluate --help")),
+    "two run folders": (lambda p, r: ["evaluate", str(r), "other"], 2, ("cannot take 'other'",)),
+    "no boards": (lambda p, r: ["board", "binary", "--data", ""], 2, ("--data", "names")),
+    "no temperatures": (
+        lambda p, r: ["evaluate", str(r), "--method", "annealed", "--num-temperatures", "0"],
+        2,
+        ("--num-temperatures", "at least 2"),
+    ),
+    "no tolerance": (
+        lambda p, r: ["evaluate", str(r), "--method", "auto", "--tolerance", "nan"],
+        2,
+        ("--tolerance", "positive", "nan"),
+    ),
     "damaged checkpoint": (
         lambda p, r: ["evaluate", damaged(p, r)],
         66,
@@ -366,9 +425,13 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
     "evaluation without particles": (
         lambda p, r: ["evaluate", str(r), "--num-particles", "0"],
         2,
-        ("num_particles", "at least 1"),
+        ("--num-particles must be at least 1, got 0",),
     ),
-    "unknown split": (lambda p, r: ["evaluate", str(r), "--split", "tset"], 2, ("'tset'", "test")),
+    "unknown split": (
+        lambda p, r: ["evaluate", str(r), "--split", "tset"],
+        2,
+        ("'tset'", "did you mean 'test'"),
+    ),
     "evaluation on other data": (
         lambda p, r: ["evaluate", str(r), "--data", table(p, rows())],
         65,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import runs
-from pvae.commands.preparing import data_for, grouped
+from pvae.commands.preparing import data_for, grouped, warn_of_unscored
 from pvae.commands.programs import has_encoder, need_encoder
 from pvae.commands.saying import say, watched
 from pvae.errors import OptionError
@@ -29,6 +29,7 @@ _BLOCK = 1024  # rows scored at once where the density is exact
 def evaluate(arguments: argparse.Namespace) -> None:
     """``pvae evaluate``: the log evidence of held-out data, written into the run folder."""
     folder = Path(arguments.run)
+    _check(arguments)
     config = runs.read_config(folder)
     if arguments.method != "annealed":
         need_encoder(config, folder, "say --method annealed, which then starts from the prior")
@@ -36,6 +37,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if not has_encoder(config, folder):
         run.guide = None
     dataset = data_for(config, arguments.data)
+    warn_of_unscored(run.model, dataset)
     split = getattr(dataset, arguments.split)
     started = time.perf_counter()
     from pvae.evidence.sweep import tensors_of
@@ -80,6 +82,29 @@ def _exact(model: Any, x: Any) -> Any:
     return torch.cat(pieces)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of their range, and those that the method has no use for."""
+    method = arguments.method
+    if arguments.num_particles < 1:
+        raise OptionError(f"--num-particles must be at least 1, got {arguments.num_particles}")
+    if arguments.tolerance is not None:
+        if method != "auto":
+            raise OptionError(f"--tolerance is for --method auto, got {method}: leave one out")
+        if not arguments.tolerance > 0:
+            raise OptionError(f"--tolerance must be positive nats, got {arguments.tolerance:g}")
+    if arguments.budget is not None and method != "auto":
+        raise OptionError(f"--budget is for --method auto, got {method}: leave one out")
+    if arguments.num_temperatures is not None:
+        if method not in ("annealed", "smc"):
+            raise OptionError(
+                f"--num-temperatures is for --method annealed or smc, got {method}: leave one out"
+            )
+        if arguments.num_temperatures < 2:
+            raise OptionError(
+                f"--num-temperatures must be at least 2, got {arguments.num_temperatures}"
+            )
+
+
 def _pieces(x: Any) -> Iterator[Any]:
     """All rows, some at a time."""
     from pvae.data.mapped import MappedRows
@@ -99,18 +124,10 @@ def _estimate(
 
     batch = runs.batch_for(run.model, split.x, split.labels)
     method, pair, seed = arguments.method, (run.model, run.guide, batch), arguments.seed
-    if arguments.tolerance is not None and method != "auto":
-        raise OptionError(f"--tolerance is for --method auto, got --method {method}: leave one out")
-    if arguments.budget is not None and method != "auto":
-        raise OptionError(f"--budget is for --method auto, got --method {method}: leave one out")
 
     def shared(estimator: Any) -> Any:
         return functools.partial(evidence.in_parts, estimator=estimator) if group else estimator
 
-    if arguments.num_temperatures is not None and method not in ("annealed", "smc"):
-        raise OptionError(
-            f"--num-temperatures is for --method annealed or smc, got --method {method}"
-        )
     if method in ("annealed", "smc"):
         estimator = shared(getattr(evidence, method))
         temperatures = arguments.num_temperatures or 1000

@@ -141,10 +141,9 @@ def importance(
         ProgramError: The programs do not fit each other, or have a latent site that all data share.
         OptionError: ``num_particles`` or ``max_pairs`` is below one.
     """
-    if num_particles < 1 or (max_pairs is not None and max_pairs < 1):
-        raise OptionError(
-            f"num_particles and max_pairs must be at least 1, got {num_particles} and {max_pairs}"
-        )
+    for name, number in (("num_particles", num_particles), ("max_pairs", max_pairs)):
+        if number is not None and number < 1:
+            raise OptionError(f"{name} must be at least 1, got {number}")
     device = next((t.device for t in tensors_of(model, guide)), torch.device("cpu"))
     batch = as_batch(x, device=device, model=model, streams=True)
     total = num_rows(batch)

@@ -29,7 +29,8 @@ def _refuse_discrete(layout: Layout, name: str) -> None:
     for site, family in layout.score_sites.items():
         raise ObjectiveError(
             f"guide site {site!r} ({family}) has no {name} derivative: use "
-            "gradient=pvae.gradients.mixed, or sum it out with pyro.infer.TraceEnum_ELBO()"
+            "gradient=pvae.gradients.mixed with num_particles=4, say (--objective.gradient mixed "
+            "--objective.num_particles 4), or sum it out with pyro.infer.TraceEnum_ELBO()"
         )
 
 

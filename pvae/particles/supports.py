@@ -52,6 +52,9 @@ def in_words(support: Any) -> str:
     """A support as a message names it."""
     unit = unit_support(support)
     words = str(unit).removesuffix("()")
+    low = getattr(unit, "lower_bound", None)
+    if type(unit).__name__ == "_IntegerGreaterThan" and not isinstance(low, Tensor):
+        return f"the whole numbers from {low}"
     return words if len(words) < 60 else type(unit).__name__  # bounds that differ between data
 
 
@@ -111,9 +114,12 @@ def check_support(
     outside = cells[~unit.check(cells).reshape(-1)] if cells.numel() else cells
     worst = f"{float(outside[0]):g}" if outside.numel() else "a value outside it"
     likelihood = f"the {type(family).__name__} likelihood of " if family is not None else ""
-    hint = "; binarise the data (binarize='dynamic') or use continuous_bernoulli or gaussian"
-    is_binary = str(unit).startswith("Boolean")
+    hint = ": transform the data or change the likelihood"
+    if str(unit).startswith("Boolean"):
+        hint = "; binarise the data (binarize='dynamic') or use continuous_bernoulli or gaussian"
+    elif getattr(unit, "is_discrete", False) and bool((outside != outside.round()).any()):
+        hint = ": keep the file's numbers as they are (transform='none') or change the likelihood"
     raise DataError(
         f"{likelihood}site {name!r} takes values in {in_words(support)}, row {first + row} of the "
-        f"data has {worst}{hint if is_binary else ': transform the data or change the likelihood'}"
+        f"data has {worst}{hint}"
     )

@@ -84,7 +84,22 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     missing = [key for key in (*DEFAULTS, "data_facts") if key not in config]
     if missing:
         raise RunError(f"{folder / 'config.yaml'} has no {missing[0]!r}: train the run again")
+    for key, default in DEFAULTS.items():
+        if not isinstance(config[key], _kinds(default)):
+            raise RunError(
+                f"{folder / 'config.yaml'}: {key!r} was of the kind of {default!r} and is "
+                f"{config[key]!r}: put back what stood there, or train the run again"
+            )
+    if not isinstance(config["data_facts"], dict):
+        raise RunError(f"{folder / 'config.yaml'}: 'data_facts' is damaged: train the run again")
     return config
+
+
+def _kinds(default: Any) -> Any:
+    """The types that a value may have where the default is this."""
+    if isinstance(default, (int, float)):
+        return (int, float, type(None))
+    return object if default is None else (type(default), type(None))
 
 
 def write_config(folder: Path, config: Mapping[str, Any], *, sources: bool = True) -> None:
