@@ -18,8 +18,8 @@ __all__ = ["GaussianMixture"]
 class GaussianMixture(nn.Module):
     """A Gaussian mixture with diagonal covariances, trained by summing the component out.
 
-    Train it with ``objective=pyro.infer.TraceEnum_ELBO()`` and an empty guide, or, as ``pvae train``
-    does, with the exact posterior as guide.
+    Train it with ``objective=pyro.infer.TraceEnum_ELBO()`` and an empty guide, or, as
+    ``pvae train`` does, with the exact posterior as guide.
 
     Args:
         x_dim: Number of features D.

@@ -84,7 +84,7 @@ def listing(role: str) -> dict[str, str]:
     found = {}
     names = {file: name for name, file in _FILES.items()}
     for path in sorted((Path(__file__).parent / _FOLDERS[role]).glob("[!_]*.py")):
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_bytes())
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         described = ast.get_docstring(classes[-1] if classes else tree) or ""
         found[names.get(path.stem, path.stem)] = described.partition("\n")[0]

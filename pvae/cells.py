@@ -69,7 +69,7 @@ def read(folder: Path) -> Result:
 
     tensors, _ = load_tensors(folder)
     try:
-        content = json.loads((folder / "result.json").read_text())
+        content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         found = {name: content[name] for name in Result.__dataclass_fields__ if name != "log_p"}
         return Result(log_p=tensors["log_p"], **found)
     except (OSError, ValueError, KeyError, TypeError):

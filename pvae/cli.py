@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import signal
@@ -63,6 +64,9 @@ def _in_own_words(command: str, message: str) -> str:
     unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
     if unknown:
         return f"{command} cannot take {unknown[1]!r} beside the rest: see {command} --help"
+    empty = re.fullmatch(r"(.*): expected one argument", message)
+    if empty:
+        return f"{empty[1]} needs a value: see {command} --help"
     choice = re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message)
     if choice:
         known = re.findall(r"[\w-]+", choice[3])
@@ -97,7 +101,11 @@ def _real(text: str) -> float:
 
 
 def _turns(text: str) -> int | str:
-    return text if text == "until-flat" else _whole(text)
+    if text == "until-flat":
+        return text
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return _whole(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number or until-flat, got {text!r}")
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -206,6 +214,7 @@ def _fill_train(parser: _Parser) -> None:
 
 def _fill_sweep(parser: _Parser) -> None:
     _fill_train(parser)
+    parser._option_string_actions["--resume"].help = argparse.SUPPRESS  # refused with a hint
     parser.epilog = (
         "What may vary, each as --search NAME=SPACE; every other option of train stays fixed:\n"
         "  --search lr=log:1e-4..1e-2 --search 'optimizer=adam|adamax'\n"
@@ -237,7 +246,7 @@ def _fill_evaluate(parser: _Parser) -> None:
     parser.add_argument(
         "--split", choices=("test", "valid", "train"), default="test", help="which data (test)"
     )
-    parser.add_argument("--data", metavar="D", help="other data than the run was trained on")
+    parser.add_argument("--data", metavar="D", help="other data, split as those of the run were")
     parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
     parser.add_argument(
@@ -340,7 +349,7 @@ def _fill_sample(parser: _Parser) -> None:
 def _fill_use(parser: _Parser, out: str) -> None:
     """What every command that uses a trained run takes."""
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
-    parser.add_argument("--data", metavar="D", help="other data than the run was trained on")
+    parser.add_argument("--data", metavar="D", help="other data, split as those of the run were")
     parser.add_argument("--out", metavar="FILE", help=out)
     parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of the draws (0)")
 
@@ -387,8 +396,12 @@ def _fill_traverse(parser: _Parser) -> None:
 
 def _fill_ood(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
-    parser.add_argument("--data", metavar="A", help="data from inside; those of the run")
-    parser.add_argument("--against", metavar="B", required=True, help="data from elsewhere")
+    parser.add_argument(
+        "--data", metavar="A", help="data from inside; those of the run (test split)"
+    )
+    parser.add_argument(
+        "--against", metavar="B", required=True, help="data from elsewhere, likewise"
+    )
     parser.add_argument(
         "--scores",
         type=_names,
@@ -469,6 +482,9 @@ def _train(argv: Sequence[str], parser: _Parser) -> None:
 
 def _sweep(argv: Sequence[str], parser: _Parser) -> None:
     given, rest = _split_components(argv)
+    if {"-h", "--help"} & set(rest):
+        _help_train(parser, [token for token in rest if token not in ("-h", "--help")])
+        return
     arguments = vars(_parse(parser, rest))
     own = ("search", "trials", "jobs", "confirm", "storage", "run_worker")
     asked = argparse.Namespace(**{name: arguments.pop(name) for name in own})
@@ -675,6 +691,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers, 74 files, 130 interrupted).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _printable()
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     with warnings.catch_warnings(), _terminable():
@@ -748,6 +765,16 @@ def _explain(error: Exception) -> tuple[str, int]:
 def _fail(message: str, code: int) -> int:
     _note(f"pvae: error: {' '.join(message.split())}" if code != 130 else f"pvae: {message}")
     return code
+
+
+def _printable() -> None:
+    """Let what a terminal cannot show be a question mark, and what is closed take anything."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _one_line_warnings() -> None:

@@ -520,9 +520,9 @@ def open_metrics(run_dir: Path | None, history: list[dict[str, float]]) -> Any:
     path = run_dir / "metrics.jsonl"
     if history:
         write_aside(path, "".join(json.dumps(row) + "\n" for row in history).encode())
-        return path.open("a")
+        return path.open("a", encoding="utf-8")
     try:
-        return path.open("w")
+        return path.open("w", encoding="utf-8")
     except OSError as error:
         raise unwritable(run_dir, error) from None
 

@@ -103,6 +103,18 @@ def test_broken_pipe_is_quiet() -> None:
 # --- train ---------------------------------------------------------------------------------------
 
 
+def test_output_that_cannot_be_shown_is_no_error() -> None:
+    command = [sys.executable, "-m", "pvae", "train", "--help"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=ascii_only)
+    assert done.returncode == 0
+    assert b"--config FILE" in done.stdout
+    assert b"rws, ?" in done.stdout
+    closed = " ".join(["exec", *command, ">&-"])
+    done = subprocess.run(["sh", "-c", closed], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_what_an_objective_learns_is_kept_and_not_taken_for_the_pair(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = ["--objective", "factor_vae", "--objective.gamma", "5"]

@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         2,
         ("--epcohs", "did you mean '--epochs'"),
     ),
-    "option without a value": (lambda p, r: [*TRAIN, "--lr"], 2, ("--lr", "expected one")),
+    "option without a value": (lambda p, r: [*TRAIN, "--lr"], 2, ("--lr needs a value", "--help")),
     "misspelt model option": (
         lambda p, r: ["train", "vae", "--model.zdim", "3"],
         2,

@@ -73,6 +73,11 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise RunError(f"there is no run folder {folder}: give one that pvae train wrote")
     if not (folder / "config.yaml").is_file():
+        if (folder / "checkpoints").is_dir():
+            raise RunError(
+                f"{folder} has checkpoints but no config.yaml, so its programs are not known: a "
+                "folder of pvae.fit is read by the same call again, with resume=True"
+            )
         raise RunError(
             f"{folder} is no run folder (it has no config.yaml): give one that pvae train wrote"
         )

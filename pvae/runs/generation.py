@@ -14,6 +14,7 @@ __all__ = ["generate", "num_scored"]
 
 def num_scored(model: Any, example: Any) -> int:
     """How many numbers of each datum of an example the model's observed sites score."""
+    import torch
     from pyro import poutine
 
     from pvae.evidence.importance import evaluation
@@ -25,9 +26,8 @@ def num_scored(model: Any, example: Any) -> int:
     with evaluation(model, None, seed=0, device=args[0].device), poutine.block():
         trace = poutine.trace(model).get_trace(*args)
     nodes = [node for node in trace.nodes.values() if node["type"] == "sample"]
-    observed = [node["value"] for node in nodes if node["is_observed"]]
-    sizes = [value.numel() for value in observed if hasattr(value, "numel")]
-    return sum(sizes) // len(args[0])
+    observed = [torch.as_tensor(node["value"]) for node in nodes if node["is_observed"]]
+    return sum(int(value.numel()) for value in observed) // len(args[0])
 
 
 def generate(
@@ -71,8 +71,8 @@ def generate(
         if observed and node["value"].shape == example.shape:
             return node["value"].cpu(), _mean(node["fn"], example.shape), latent
     raise ProgramError(
-        "the model observes no site of the shape of its data, so it cannot make any by itself: call "
-        "it from Python on the inputs you want (pvae.load)"
+        "the model observes no site of the shape of its data, so it cannot make any by itself: "
+        "call it from Python on the inputs you want (pvae.load)"
     )
 
 

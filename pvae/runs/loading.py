@@ -123,7 +123,7 @@ def history(folder: Path, *, torn: bool = False) -> list[dict[str, float]]:
     """
     path = folder / "metrics.jsonl"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if torn:
             text = text[: text.rfind("\n") + 1]
         return [json.loads(line) for line in text.splitlines() if line]
