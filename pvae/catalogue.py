@@ -484,7 +484,8 @@ def _named(key: str, value: Any) -> Any:
         if (inspect.isclass(getattr(module, name)) if key == "beta" else name.islower())
     ]
     if call is None or call[1] not in known:
-        raise OptionError(f"{key} takes no {value!r}: {did_you_mean(value, known)}")
+        number = "a number, or " if key == "beta" else ""
+        raise OptionError(f"{key} takes no {value!r}: {number}{did_you_mean(value, known)}")
     found = getattr(module, call[1])
     if call[2] is None and not inspect.isfunction(found):
         return found

@@ -329,7 +329,7 @@ def test_yaml_numbers(text: str) -> None:
         ("? [1, 2]\n: 3\n", "line 1: a key must be a word"),
         ("a: !!python/object/apply:os.getcwd []\n", "not YAML"),
         ("a: &x [1]\nb: *y\n", "not YAML"),
-        ("", "got a NoneType"),
+        ("", "it is empty"),
         ("[" * 3000, "not YAML"),
     ],
 )

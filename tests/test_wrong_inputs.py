@@ -100,6 +100,11 @@ def retyped(place: Path, trained: Path) -> str:
     return str(folder)
 
 
+def fitted(place: Path) -> Path:
+    (place / "fitted" / "checkpoints").mkdir(parents=True)
+    return place / "fitted"
+
+
 def counts(place: Path) -> str:
     path = place / "counts.py"
     likelihood = "dist.Poisson(self.net(z).exp())"
@@ -198,6 +203,21 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
     "epochs in words": (lambda p, r: [*TRAIN, "--epochs", "ten"], 2, ("--epochs", "'ten'")),
     "broken epochs": (lambda p, r: [*TRAIN, "--epochs", "1.5"], 2, ("whole number", "'1.5'")),
     "no learning rate": (lambda p, r: [*TRAIN, "--lr", "0"], 2, ("lr must be positive",)),
+    "infinite learning rate": (lambda p, r: [*TRAIN, "--lr", "inf"], 2, ("finite, got inf",)),
+    "negative clipping": (
+        lambda p, r: [*TRAIN, "--clip-norm", "-1"],
+        2,
+        ("clip_norm must be positive", "-1"),
+    ),
+    "no clipping at all": (lambda p, r: [*TRAIN, "--clip-norm", "0"], 2, ("clip_norm", "None")),
+    "weight in words": (
+        lambda p, r: [*TRAIN, "--objective.beta", "x"],
+        2,
+        ("beta takes no 'x'", "a number", "Linear"),
+    ),
+    "data without a name": (lambda p, r: [*TRAIN, "--data", ""], 2, ("empty", "path")),
+    "empty config": (lambda p, r: [*TRAIN, "--config", config(p, "")], 2, ("it is empty",)),
+    "folder of fit": (lambda p, r: ["sample", str(fitted(p))], 66, ("pvae.fit", "resume=True")),
     "empty batches": (lambda p, r: [*TRAIN, "--batch-size", "0"], 2, ("batch_size", "least 1")),
     "no patience": (lambda p, r: [*TRAIN, "--patience", "0"], 2, ("patience", "at least 1")),
     "no latent dimension": (

@@ -87,6 +87,8 @@ def load(
         DataError: The data are missing, damaged, or unfit for the options.
     """
     steps = _check_options(binarize, transform, valid_fraction, test_fraction)
+    if not str(name_or_path):
+        raise OptionError("the name of the data is empty: give that of a data set or a path")
     path = Path(name_or_path).expanduser()
     if streams and _is_large(name_or_path, path):
         return _streamed(path, binarize, steps, valid_fraction, test_fraction, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ def build_optimizer(
         )
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
-    if not lr > 0:
-        raise OptionError(f"lr must be positive, got {lr}")
+    if not 0 < lr < math.inf:
+        raise OptionError(f"lr must be positive and finite, got {lr}")
     given = dict(options or {})
     try:
         if "fused" in kind.__init__.__code__.co_varnames and not {"fused", "foreach"} & set(given):

@@ -55,6 +55,9 @@ def in_words(support: Any) -> str:
     low = getattr(unit, "lower_bound", None)
     if type(unit).__name__ == "_IntegerGreaterThan" and not isinstance(low, Tensor):
         return f"the whole numbers from {low}"
+    high = getattr(unit, "upper_bound", None)
+    if type(unit).__name__ == "_IntegerInterval" and not isinstance(low, Tensor):
+        return f"the whole numbers from {low} to {high}"
     return words if len(words) < 60 else type(unit).__name__  # bounds that differ between data
 
 

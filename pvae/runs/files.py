@@ -36,9 +36,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise OptionError(f"{path.name} is not YAML: {reason}") from None
     if not isinstance(content, dict):
-        raise OptionError(
-            f"{path.name} must hold options as 'name: value' lines, got a {type(content).__name__}"
-        )
+        found = "it is empty" if content is None else f"got a {type(content).__name__}"
+        raise OptionError(f"{path.name} must hold options as 'name: value' lines, {found}")
     return content
 
 
