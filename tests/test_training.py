@@ -509,7 +509,6 @@ def test_scale_of_the_program_weighs_the_loss_and_not_the_bound():
         ({"epochs": 0}, OptionError, "epochs and batch_size must be at least 1"),
         ({"batch_size": 0}, OptionError, "epochs and batch_size must be at least 1"),
         ({"lr": 0.0}, OptionError, "lr must be positive"),
-        ({"clip_norm": -1.0}, OptionError, "clip_norm must be positive"),
         ({"optimizer": "adm"}, OptionError, "did you mean"),
         ({"optimizer_options": {"momentun": 1}}, OptionError, "refused its options"),
         ({"lr_schedule": "cosinus"}, OptionError, "did you mean 'cosine'"),
