@@ -83,7 +83,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert catalogue.objectives().keys() == plain | {
         "wake_sleep", "rws", "mcem", "rebar", "relax", "disarm", "vimco", "renyi_vae", "miwae",
         "piwae", "ciwae", "tvo", "chivi", "beta_tcvae", "factor_vae", "dip_vae", "info_vae", "wae",
-        "capacity_vae", "free_bits_vae", "balanced_vae",
+        "capacity_vae", "free_bits_vae", "balanced_vae", "resampled_iwae",
     }  # fmt: skip
 
 
