@@ -220,6 +220,8 @@ class Objective:
                 f"site {layout.globals[0]!r} is shared by all data, and {self.kl_term!r} counts "
                 "the KL of each datum's own sites: use beta="
             )
+        if self._term is not None and not self._term.steers:
+            self._refuse_shared_kl(model, guide, batch, layout)
         if self.gradient.dreams:
             check_dreams(model, batch)
             self._check_weight_of_dreams(model, guide, batch, layout)
@@ -234,6 +236,18 @@ class Objective:
         if self.gradient.reruns:
             self._refuse_layers(model, "runs the model twice", _Dropout, _BatchNorm)
         return layout
+
+    def _refuse_shared_kl(self, model: Any, guide: Any, batch: Any, layout: Layout) -> None:
+        """A density of the guide alone is part of no single site's KL."""
+        with quiet(batch):
+            particles = draw(model, guide, batch, 1, layout=layout)
+        known = {*particles.log_p, *particles.global_log_p}
+        for name in (*particles.log_q, *particles.global_log_q):
+            if name not in known:
+                raise ObjectiveError(
+                    f"site {name!r} is the guide's own and its density belongs to several sites' "
+                    f"KL, which {self._term!r} looks at one by one: use beta="
+                )
 
     def _refuse_layers(self, program: Any, why: str, *kinds: type) -> None:
         """Layers whose outputs would differ between two runs."""
@@ -312,7 +326,7 @@ class Objective:
         )
 
     def _check_particles(self, particles: Particles) -> None:
-        """Refuse what a pair's layout does not tell: factors inside a logarithm, shared KLs."""
+        """Refuse factors inside a logarithm, which a pair's layout does not tell."""
         if particles.relative_scale and (not self.additive or self.gradient.weighs):
             role, site = next(iter(particles.relative_scale))
             if (role, site) in particles.inner_scale:
@@ -327,14 +341,6 @@ class Objective:
                 f"{self.gradient!r} cannot honour outside a logarithm: use beta= for a KL weight, "
                 "or bound=elbo with another gradient"
             )
-        if self._term is not None and not self._term.steers:
-            known = {*particles.log_p, *particles.global_log_p}
-            own = [n for n in (*particles.log_q, *particles.global_log_q) if n not in known]
-            if own:
-                raise ObjectiveError(
-                    f"site {own[0]!r} is the guide's own and its density belongs to several sites' "
-                    f"KL, which {self._term!r} looks at one by one: use beta="
-                )
 
     def _site_kl(self, particles: Particles, log_q: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each latent site's KL, ``(K, B)``; auxiliary guide sites count with ``log q``."""
