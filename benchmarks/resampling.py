@@ -37,8 +37,8 @@ def objectives(num_particles: int) -> dict[str, pvae.Objective]:
         f"iwae, K = {num_particles}": pvae.iwae(**few),
         f"dreg, K = {num_particles}": pvae.dreg(**few),
         "resampled, 1 kept": resampled_iwae(1, **few),
-        "resampled, 1 kept, doubly": resampled_iwae(1, doubly=True, **few),
-        "resampled, 5 kept, doubly": resampled_iwae(5, doubly=True, **few),
+        "resampled, 5 kept": resampled_iwae(5, **few),
+        "the same, doubly=False": resampled_iwae(1, doubly=False, **few),
         "iwae, K = 5": pvae.iwae(5),
     }
 

@@ -83,17 +83,17 @@ def dreg(num_particles: int = 50, **options: Any) -> Objective:
 
 def resampled_iwae(
     kept: int = 1,
-    doubly: bool = False,  # noqa: FBT001, FBT002
+    doubly: bool = True,  # noqa: FBT001, FBT002
     num_particles: int = 50,
     **options: Any,
 ) -> Objective:
     """The IW-ELBO differentiated at ``kept`` particles, by their weights (Burda et al. 2016).
 
-    K forward passes of the model and ``kept`` backward ones; unbiased, and noisier than ``iwae``.
+    K forward passes of the model and ``kept`` backward ones; unbiased.
 
     Args:
         kept: Particles of each datum that are differentiated.
-        doubly: Whether the guide's gradient is that of ``dreg``.
+        doubly: Whether the guide's gradient is that of ``dreg``, else the noisier of ``iwae``.
         num_particles: K.
         options: Further arguments of :class:`pvae.Objective`.
     """

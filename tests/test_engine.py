@@ -35,7 +35,7 @@ OBJECTIVES = {
     "renyi": pvae.Objective(bound=pvae.bounds.renyi(0.5), num_particles=3),
     "dreg": pvae.dreg(4),
     "stl": pvae.stl(2),
-    "resampled": pvae.recipes.resampled_iwae(2, doubly=True, num_particles=5),
+    "resampled": pvae.recipes.resampled_iwae(2, num_particles=5),
     "score function": pvae.Objective(gradient=score_function, num_particles=3),
     "free bits": pvae.vae(free_bits=0.5),
 }

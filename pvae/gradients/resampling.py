@@ -27,9 +27,10 @@ class Resampled(Gradient):
         (1/n) sum_j dlog w_{i_j}
 
     unbiased, at the price of K forward passes of the model and n backward ones (Burda, Grosse &
-    Salakhutdinov 2016, section 3). ``doubly`` gives the guide the doubly reparameterised gradient
-    in the same way: ``(1/n) sum_j v_{i_j} dz/dphi . d/dz log w`` (Tucker et al. 2019). The n are
-    drawn systematically, so that a particle is kept ``n v_k`` times, up to one.
+    Salakhutdinov 2016, section 3). With ``doubly`` the guide has the doubly reparameterised
+    gradient instead, in the same way: ``(1/n) sum_j v_{i_j} dz/dphi . d/dz log w`` (Tucker et al.
+    2019), which is far less noisy. The n are drawn systematically: a particle is kept ``n v_k``
+    times, up to one.
 
     Attributes:
         kept: n.
@@ -37,7 +38,7 @@ class Resampled(Gradient):
     """
 
     kept: int = 1
-    doubly: bool = False
+    doubly: bool = True
     has_path: ClassVar[bool] = False  # that of the particles left out is cut
     tempers: ClassVar[bool] = False
     reruns: ClassVar[bool] = True
@@ -106,9 +107,9 @@ class Resampled(Gradient):
         return (terms.log_joint - terms.weight * terms.held).mean(0)
 
     def __repr__(self) -> str:
-        return f"resampled({self.kept}{', doubly=True' if self.doubly else ''})"
+        return f"resampled({self.kept}{'' if self.doubly else ', doubly=False'})"
 
 
-def resampled(kept: int = 1, *, doubly: bool = False) -> Resampled:
+def resampled(kept: int = 1, *, doubly: bool = True) -> Resampled:
     """The IW-ELBO's gradient at ``kept`` particles that its weights choose."""
     return Resampled(kept, doubly)
