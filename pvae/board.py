@@ -221,6 +221,7 @@ def _networks(board: str, schedule: Mapping[str, Any]) -> dict[str, Entry]:
             "vae-iwae-5": vae("VAE, IWAE-5", "iwae", 5),
             "vae-iwae-50": vae("VAE, IWAE-50", "iwae", 50),
             "vae-dreg-50": vae("VAE, IWAE-50 DReG", "dreg", 50),
+            "vae-resampled-50": vae("VAE, IWAE-50 resampled", "resampled_iwae", 50),
             "vae-flow": vae("VAE, flow posterior", "vae", programs={"guide": "flow"}),
             "vae-vamp": vae("VAE, VampPrior", "vae", programs={"guide": "shared"}, **vamp),
             "two-layer": vae("two layers, ELBO", "vae", programs=layers),
