@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -206,14 +207,19 @@ def avb(
     *,
     x_dim: int | None = None,
     hidden: Sequence[int] = (200, 200),
+    adaptive: bool = True,
+    num_draws: int = 16,
     average: float = 0.0,
     lr: float = 1e-3,
 ) -> Game:
     """Adversarial variational Bayes: a posterior that can be drawn from but has no density.
 
-    The discriminator T tells ``(x, z ~ q(z | x))`` from ``(x, z ~ p(z))``; at its best
-    ``T(x, z) = log q(z | x) - log p(z)``, so that ``E_q[log p(x | z) - T(x, z)]`` is the ELBO,
-    which encoder and decoder raise. Mescheder, Nowozin & Geiger (2017).
+    The discriminator T tells ``(x, z ~ q(z | x))`` from ``(x, z ~ r(z | x))``; at its best
+    ``T(x, z) = log q(z | x) - log r(z | x)``, so that ``E_q[log p(x, z) - log r(z | x) - T(x, z)]``
+    is the ELBO, which encoder and decoder raise. Adaptive contrast takes for r the normal density
+    of q's own mean and scale, and shows T standardised z: what T has to learn is q's shape alone.
+    Otherwise r is the prior, which T tells from a narrow q too easily to say by how much.
+    Mescheder, Nowozin & Geiger (2017), sections 3.1 and 3.3.
 
     Args:
         model: With ``latent_prior()`` and ``decode(z)``.
@@ -222,31 +228,43 @@ def avb(
         discriminator: ``[x, z]`` side by side ``(B, x_dim + z_dim)`` to T ``(B, 1)``.
         x_dim: Number of features of a datum, for a discriminator that is made here.
         hidden: Width of each hidden layer of the discriminator that is made where none is given.
+        adaptive: Whether r is q's normal approximation, not the prior.
+        num_draws: From which mean and scale are taken where the posterior does not tell them.
         average: Decay of the moving averages that decoder and encoder end with; 0 for none.
         lr: Learning rate of encoder and decoder; the discriminator's is three times that.
 
     Raises:
         ProgramError: The model lacks a method it is asked by.
-        OptionError: There is neither a discriminator nor ``x_dim``.
+        OptionError: There is neither a discriminator nor ``x_dim``, or there are too few draws.
     """
     _require(model, "latent_prior", "decode")
     if discriminator is None and x_dim is None:
         raise OptionError("avb needs a discriminator, or x_dim to make one: give it either")
+    if num_draws < 2:
+        raise OptionError(f"a scale takes at least 2 draws, got num_draws={num_draws}")
     judge = discriminator or _of_vectors((x_dim or 0) + _code_size(model), hidden)
 
     def moves(x: Tensor) -> Moves:
         codes, draws = _codes(guide, x), _prior_draws(model, x)
+        shown, others, log_ratio = codes, draws, torch.zeros(())
+        if adaptive:
+            loc, scale = _moments(guide, x, num_draws)
+            shown, others = (codes - loc) / scale, torch.randn_like(codes)
+            log_r = dist.Normal(loc, scale).to_event(1).log_prob(codes)
+            log_ratio = log_r - model.latent_prior().log_prob(codes)
         beside = functools.partial(torch.cat, dim=-1)
-        posterior_logits, prior_logits = _logits(judge, beside([x, codes]), beside([x, draws]))
-        bound = (model.decode(codes).log_prob(x) - posterior_logits).mean()
+        posterior_logits, other_logits = _logits(judge, beside([x, shown]), beside([x, others]))
+        bound = (model.decode(codes).log_prob(x) - log_ratio - posterior_logits).mean()
         losses = {
             "encoder": -bound,
             "decoder": -bound,
-            "discriminator": _is_real(posterior_logits).mean() + _is_fake(prior_logits).mean(),
+            "discriminator": _is_real(posterior_logits).mean() + _is_fake(other_logits).mean(),
         }
-        watched = _watched(posterior_logits, prior_logits, draws, codes)
+        watched = _watched(posterior_logits, other_logits, draws, codes)
         # Posteriors are apart from the prior where z says anything: telling them is no collapse.
         watched["told_apart"] = watched.pop("accuracy")
+        if adaptive:  # of a Gaussian there is nothing more to say
+            watched.pop("logit_spread")
         return Moves(losses, watched | {"bound": bound})
 
     players = (
@@ -317,6 +335,18 @@ def _codes(guide: Any, x: Tensor) -> Tensor:
             "guide of one real latent site with posterior(x), such as gaussian or conv"
         )
     return codes
+
+
+@torch.no_grad()
+def _moments(guide: Any, x: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
+    """Mean and scale of an encoder's codes, ``(B, z_dim)`` each: known, or of some draws."""
+    try:
+        posterior = _only_site(guide.posterior(x))
+        loc, scale = posterior.mean, posterior.stddev
+    except (AttributeError, NotImplementedError):
+        draws = torch.stack([_codes(guide, x) for _ in range(num_draws)])
+        loc, scale = draws.mean(0), draws.std(0)
+    return loc, scale.clamp_min(1e-6)
 
 
 def _means(model: Any, z: Tensor) -> Tensor:

@@ -491,7 +491,8 @@ def test_avb_discriminator_becomes_the_log_ratio_of_posterior_and_prior():
     decode = model.decode
     model.decode = lambda z: torch.distributions.Independent(decode(z), 1)
     for lr in (1e-2, 1e-3):
-        play(avb(model, guide, ratio, lr=lr), x, epochs=10, batch_size=512, progress=False)
+        game = avb(model, guide, ratio, adaptive=False, lr=lr)
+        play(game, x, epochs=10, batch_size=512, progress=False)
     some = x[:500]
     z = guide.posterior(some)["z"].sample()
     truth = guide.posterior(some)["z"].log_prob(z) - model.latent_prior().log_prob(z)
@@ -525,3 +526,49 @@ def test_the_trained_decoder_is_a_model_whose_evidence_is_estimated():
         model, guide, bits, num_chains=4, num_temperatures=5, num_leapfrog=2
     )
     assert torch.isfinite(evidence.log_evidence).all()
+
+
+def test_with_adaptive_contrast_a_gaussian_posterior_leaves_nothing_to_learn():
+    """A discriminator that says nothing gives the ELBO; contrasted with the prior, no KL at all."""
+    torch.manual_seed(0)
+    model = VAE(6, z_dim=2, hidden=(8,), likelihood="gaussian").double()
+    guide = Gaussian(6, model.latents, hidden=(8,)).double()
+    silent = nn.Linear(8, 1).double()
+    nn.init.zeros_(silent.weight)
+    nn.init.zeros_(silent.bias)
+    x = torch.randn(50, 6, dtype=torch.float64)
+    found = {}
+    for adaptive in (True, False):
+        torch.manual_seed(1)
+        found[adaptive] = avb(model, guide, silent, adaptive=adaptive).moves(x).watched["bound"]
+    torch.manual_seed(1)
+    posterior = guide.posterior(x)["z"]
+    z = posterior.rsample()
+    reconstruction = model.decode(z).log_prob(x)
+    kl = posterior.log_prob(z) - model.latent_prior().log_prob(z)
+    assert torch.allclose(found[True], (reconstruction - kl).mean(), rtol=0, atol=1e-10)
+    assert torch.allclose(found[False], reconstruction.mean(), rtol=0, atol=1e-10)
+
+
+class Implicit(nn.Module):
+    """Draws whose density nobody knows: a network of x and of noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.noise = nn.Parameter(torch.tensor(0.1)), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.slope * x + self.noise * torch.randn_like(x)
+
+
+def test_an_implicit_posterior_becomes_the_exact_one():
+    """``z ~ N(0, 1), x ~ N(z, 1)``: slope and variance of the posterior are one half."""
+    torch.manual_seed(0)
+    model, guide = Affine(), Implicit()
+    model.decode = lambda z: torch.distributions.Independent(torch.distributions.Normal(z, 1.0), 1)
+    x = 2**0.5 * torch.randn(4096, 1)
+    for lr in (1e-2, 1e-3):
+        game = avb(model, guide, x_dim=1, hidden=(16,), num_draws=64, lr=lr)
+        play(game, x, epochs=10, batch_size=256, progress=False)
+    assert float(guide.slope.detach()) == pytest.approx(0.5, abs=0.03)
+    assert float(guide.noise.detach()) ** 2 == pytest.approx(0.5, abs=0.05)
