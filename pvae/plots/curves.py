@@ -81,11 +81,16 @@ def game_curves(history: History, players: Sequence[str]) -> Figure:
     sizes = [abs(row[name]) for row in history for name in players if name in row]
     apart = max(sizes, default=1.0) > 30 * min(sizes, default=1.0)  # nats beside log-odds
     left.set(xlabel="epoch", ylabel="loss", title="Losses", yscale="symlog" if apart else "linear")
-    watched = {"accuracy": "discriminator's accuracy", "sample_spread": "samples' spread / data's"}
+    watched = {
+        "accuracy": "discriminator's accuracy",
+        "sample_spread": "samples' spread / data's",
+        "told_apart": "share of posteriors and contrast told apart",
+    }
     for (key, label), colour in zip(watched.items(), COLOURS, strict=False):
         if key in history[0]:
             right.plot(epochs, _column(history, key), color=colour, label=label, marker=lone)
-    right.axhline(0.5, color=GREY, lw=0.8, ls=":")  # where the discriminator guesses
+    if history[0].keys() & {"accuracy", "told_apart"}:
+        right.axhline(0.5, color=GREY, lw=0.8, ls=":")  # where the discriminator guesses
     right.set(xlabel="epoch", ylim=(0, None), title="Balance")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
