@@ -245,10 +245,11 @@ def avb(
     judge = discriminator or _of_vectors((x_dim or 0) + _code_size(model), hidden)
 
     def moves(x: Tensor) -> Moves:
-        codes, draws = _codes(guide, x), _prior_draws(model, x)
+        posterior = _posterior(guide, x)
+        codes, draws = _drawn(posterior, guide, x), _prior_draws(model, x)
         shown, others, log_ratio = codes, draws, torch.zeros(())
         if adaptive:
-            loc, scale = _moments(guide, x, num_draws)
+            loc, scale = _moments(posterior, guide, x, num_draws)
             shown, others = (codes - loc) / scale, torch.randn_like(codes)
             log_r = dist.Normal(loc, scale).to_event(1).log_prob(codes)
             log_ratio = log_r - model.latent_prior().log_prob(codes)
@@ -324,11 +325,20 @@ def _only_site(posterior: Mapping[str, Any]) -> Any:
 
 def _codes(guide: Any, x: Tensor) -> Tensor:
     """Draws ``(B, z_dim)`` of an encoder, differentiable in its parameters."""
-    if callable(getattr(guide, "posterior", None)):
-        posterior = _only_site(guide.posterior(x))
-        codes = posterior.rsample() if posterior.has_rsample else None
-    else:
+    return _drawn(_posterior(guide, x), guide, x)
+
+
+def _posterior(guide: Any, x: Tensor) -> Any:
+    """``q(z | x)`` of an encoder that has one, else ``None``."""
+    has_one = callable(getattr(guide, "posterior", None))
+    return _only_site(guide.posterior(x)) if has_one else None
+
+
+def _drawn(posterior: Any, guide: Any, x: Tensor) -> Tensor:
+    if posterior is None:
         codes = guide(x)
+    else:
+        codes = posterior.rsample() if posterior.has_rsample else None
     if not isinstance(codes, Tensor):
         raise ProgramError(
             f"{type(guide).__name__} gives no codes that its parameters can be moved by: take a "
@@ -337,14 +347,13 @@ def _codes(guide: Any, x: Tensor) -> Tensor:
     return codes
 
 
-@torch.no_grad()
-def _moments(guide: Any, x: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
-    """Mean and scale of an encoder's codes, ``(B, z_dim)`` each: known, or of some draws."""
+def _moments(posterior: Any, guide: Any, x: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
+    """Mean and scale of an encoder's codes, ``(B, z_dim)`` each, held: known, or of some draws."""
     try:
-        posterior = _only_site(guide.posterior(x))
-        loc, scale = posterior.mean, posterior.stddev
+        loc, scale = posterior.mean.detach(), posterior.stddev.detach()
     except (AttributeError, NotImplementedError):
-        draws = torch.stack([_codes(guide, x) for _ in range(num_draws)])
+        with torch.no_grad():
+            draws = torch.stack([_drawn(posterior, guide, x) for _ in range(num_draws)])
         loc, scale = draws.mean(0), draws.std(0)
     return loc, scale.clamp_min(1e-6)
 

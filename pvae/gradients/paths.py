@@ -16,6 +16,7 @@ from pvae.particles import Gate, Layout, Particles
 __all__ = [
     "DoublyReparameterized",
     "GuideBy",
+    "Path",
     "Pathwise",
     "StickTheLanding",
     "doubly_reparameterized",
@@ -25,25 +26,22 @@ __all__ = [
 ]
 
 
-def _refuse_discrete(layout: Layout, name: str) -> None:
-    for site, family in layout.score_sites.items():
-        raise ObjectiveError(
-            f"guide site {site!r} ({family}) has no {name} derivative: use "
-            "gradient=pvae.gradients.mixed with num_particles=4, say (--objective.gradient mixed "
-            "--objective.num_particles 4), or sum it out with pyro.infer.TraceEnum_ELBO()"
-        )
-
-
-class _Path(Gradient):
+class Path(Gradient):
     """What differentiates through the draws asks that they can be differentiated."""
 
     def check_pair(self, layout: Layout) -> None:
         """Every guide site must be reparameterised."""
-        _refuse_discrete(layout, "pathwise")
+        for site, family in layout.score_sites.items():
+            raise ObjectiveError(
+                f"guide site {site!r} ({family}) has no pathwise derivative: use "
+                "gradient=pvae.gradients.mixed with num_particles=4, say (--objective.gradient "
+                "mixed --objective.num_particles 4), or sum it out with "
+                "pyro.infer.TraceEnum_ELBO()"
+            )
 
 
 @dataclass(frozen=True)
-class Pathwise(_Path):
+class Pathwise(Path):
     r"""The reparameterisation gradient: ``d/dphi L(log w(z(phi, eps), phi))``.
 
     Sound for every differentiable bound. Kingma & Welling (2014); Rezende et al. (2014).
@@ -58,7 +56,7 @@ class Pathwise(_Path):
 
 
 @dataclass(frozen=True)
-class StickTheLanding(_Path):
+class StickTheLanding(Path):
     r"""The ELBO's path derivative: the score of ``log q``, of mean zero, is left out.
 
     ``E[ dz/dphi . d/dz (log p(x, z) - log q(z|x)) ]``; zero for every draw where q is the exact
@@ -90,7 +88,7 @@ class StickTheLanding(_Path):
 
 
 @dataclass(frozen=True)
-class DoublyReparameterized(_Path):
+class DoublyReparameterized(Path):
     r"""DReG for every bound with known derivative: the score is reparameterised once more.
 
     With ``v_k = dL/dlog w_k`` and ``e_k = dlog v_k/dlog w_k``, the guide's gradient is::
@@ -133,7 +131,7 @@ class DoublyReparameterized(_Path):
 
 
 @dataclass(frozen=True)
-class GuideBy(_Path):
+class GuideBy(Path):
     r"""The model follows the objective's bound, the guide another: both pathwise.
 
     With ``a_k = dL/dlog w_k`` of the objective's bound and ``v_k`` of the guide's, the gradient is

@@ -11,14 +11,15 @@ from torch import Tensor
 from pvae import particles as waist
 from pvae.bounds import iw_elbo
 from pvae.errors import ObjectiveError, OptionError
-from pvae.gradients.protocol import Beta, Bound, Gradient, Terms
+from pvae.gradients.paths import Path
+from pvae.gradients.protocol import Beta, Bound, Terms
 from pvae.particles import Gate, Layout, Particles
 
 __all__ = ["Resampled", "resampled"]
 
 
 @dataclass(frozen=True)
-class Resampled(Gradient):
+class Resampled(Path):
     r"""The IW-ELBO's gradient at n of its K particles, drawn by their weights.
 
     With the normalised weights ``v_k`` of all K particles, which are run without gradients, and
@@ -67,11 +68,7 @@ class Resampled(Gradient):
 
     def check_pair(self, layout: Layout) -> None:
         """Every guide site must be reparameterised, and all particles be run at once."""
-        for site, family in layout.score_sites.items():
-            raise ObjectiveError(
-                f"guide site {site!r} ({family}) has no pathwise derivative: use "
-                "gradient=pvae.gradients.mixed"
-            )
+        super().check_pair(layout)
         if not layout.vectorize:
             raise ObjectiveError(
                 f"{self!r} compares particles that are run at once, got vectorize=False: use "
