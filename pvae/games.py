@@ -262,7 +262,7 @@ def avb(
             "discriminator": _is_real(posterior_logits).mean() + _is_fake(other_logits).mean(),
         }
         watched = _watched(posterior_logits, other_logits, draws, codes)
-        # Posteriors are apart from the prior where z says anything: telling them is no collapse.
+        # A posterior may well be apart from its contrast: telling them is no collapse.
         watched["told_apart"] = watched.pop("accuracy")
         if adaptive:  # of a Gaussian there is nothing more to say
             watched.pop("logit_spread")

@@ -432,3 +432,11 @@ def gradient_bias(
     samples = gradient_samples(pair, built, size=size, subsample=subsample, scale=scale)
     factor = scale * (3 if subsample else 1)
     return max(float(z_score(samples[name], factor * truth[name])) for name in truth)
+
+
+def data_in_columns(x: Tensor) -> None:
+    """``z ~ N(0, 1)`` for each column of x, its entries ``N(z, 0.3^2)``: a row is no datum."""
+    with pyro.plate("data", x.shape[1], dim=-1):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("time", len(x), dim=-2):
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import data_in_columns
 
 import pvae
 from pvae.errors import DataError, OptionError, ProgramError
@@ -266,18 +267,12 @@ def test_wrong_use_gets_one_sentence(pair):
 
 
 def test_a_plate_that_is_not_over_the_rows_is_refused():
-    def model(x):
-        with pyro.plate("data", x.shape[1], dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            with pyro.plate("time", len(x), dim=-2):
-                pyro.sample("x", dist.Normal(z, 0.3), obs=x)
-
     def guide(x):
         with pyro.plate("data", x.shape[1], dim=-1):
             pyro.sample("z", dist.Normal(x.mean(0), 0.4))
 
     with pytest.raises(ProgramError, match="holds 5 data where the batch has 3 rows"):
-        importance(model, guide, torch.randn(3, 5), num_particles=10)
+        importance(data_in_columns, guide, torch.randn(3, 5), num_particles=10)
 
 
 def test_importance_weighted_bounds_rise_to_the_evidence(pair):

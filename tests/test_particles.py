@@ -17,6 +17,7 @@ from programs import (
     LinearGaussian,
     Mixture,
     PyroStyleVAE,
+    data_in_columns,
     guide_near_posterior,
     linear_gaussian,
 )
@@ -198,19 +199,13 @@ def test_guide_needs_no_plate(x):
 def test_guide_without_plates_counts_its_own_data(rows):
     """They need not lie along the first dimension of the batch."""
 
-    def model(x):
-        with pyro.plate("data", x.shape[1], dim=-1):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            with pyro.plate("time", len(x), dim=-2):
-                pyro.sample("x", dist.Normal(z, 0.3), obs=x)
-
     def bare(x):
         pyro.sample("z", dist.Normal(x.mean(0), 0.4))
 
     x = torch.randn(7, rows, dtype=torch.float64)
-    particles = pvae.draw(model, bare, x, K, score=True)
+    particles = pvae.draw(data_in_columns, bare, x, K, score=True)
     torch.testing.assert_close(particles.score["z"], particles.log_q["z"])
-    values, log_q = sample_guide(bare, x, K, inspect(model, bare, x))
+    values, log_q = sample_guide(bare, x, K, inspect(data_in_columns, bare, x))
     torch.testing.assert_close(log_q, dist.Normal(x.mean(0), 0.4).log_prob(values["z"])[:, 0])
 
 

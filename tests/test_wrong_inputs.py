@@ -92,11 +92,12 @@ def damaged(place: Path, trained: Path) -> str:
     return str(folder)
 
 
-def retyped(place: Path, trained: Path) -> str:
-    folder = place / "retyped"
+def edited(place: Path, trained: Path, line: str, other: str) -> str:
+    """The run with another line in its configuration."""
+    folder = place / "edited"
     shutil.copytree(trained, folder)
     path = folder / "config.yaml"
-    path.write_text(path.read_text().replace("seed: 0", "seed: x"))
+    path.write_text(path.read_text().replace(line, other))
     return str(folder)
 
 
@@ -110,14 +111,6 @@ def counts(place: Path) -> str:
     likelihood = "dist.Poisson(self.net(z).exp())"
     path.write_text(Path(model_file(place)).read_text().replace(NORMAL, likelihood))
     return str(path)
-
-
-def other_data(place: Path, trained: Path) -> str:
-    folder = place / "other"
-    shutil.copytree(trained, folder)
-    path = folder / "config.yaml"
-    path.write_text(path.read_text().replace("transform: null", "transform: logit"))
-    return str(folder)
 
 
 Case = Callable[[Path, Path], list[str]]
@@ -420,7 +413,7 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         ("cannot be written",),
     ),
     "run folder whose options are of another kind": (
-        lambda p, r: ["evaluate", retyped(p, r)],
+        lambda p, r: ["evaluate", edited(p, r, "seed: 0", "seed: x")],
         66,
         ("config.yaml", "'seed'", "'x'"),
     ),
@@ -464,7 +457,7 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         (".npy or .png", "x.jpeg"),
     ),
     "runs of different data": (
-        lambda p, r: ["compare", str(r), other_data(p, r)],
+        lambda p, r: ["compare", str(r), edited(p, r, "transform: null", "transform: logit")],
         66,
         ("same data", "transform differs"),
     ),

@@ -57,12 +57,10 @@ def weigh_chosen(
         whole = weigh(model_trace, guide_trace, layout, num_particles, batch)
         kept = choose(whole.log_weights)
     count = len(kept)
-    few = {n: _taken(v, kept, layout, n) if n in layout.latents else v for n, v in values.items()}
-    if gate is not None:
-        few = {
-            n: gate(v, layout, layout.event_dims[n]) if n in layout.latents else v
-            for n, v in few.items()
-        }
+    few = dict(values)
+    for name in layout.latents:
+        draws = _taken(values[name], kept, layout, name)
+        few[name] = draws if gate is None else gate(draws, layout, layout.event_dims[name])
     trace = replay(model, batch, few, count, layout)
     num_data = count_data(trace, layout, batch)
     log_p = local_terms(node_terms(random_nodes(trace), layout, count, num_data))
