@@ -220,6 +220,7 @@ def _networks(board: str, schedule: Mapping[str, Any]) -> dict[str, Entry]:
             "vae-elbo": vae("VAE, ELBO", "vae"),
             "vae-iwae-5": vae("VAE, IWAE-5", "iwae", 5),
             "vae-iwae-50": vae("VAE, IWAE-50", "iwae", 50),
+            "vae-dreg-5": vae("VAE, IWAE-5 DReG", "dreg", 5),
             "vae-dreg-50": vae("VAE, IWAE-50 DReG", "dreg", 50),
             "vae-resampled-50": vae("VAE, IWAE-50 resampled", "resampled_iwae", 50),
             "vae-flow": vae("VAE, flow posterior", "vae", programs={"guide": "flow"}),

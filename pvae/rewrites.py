@@ -20,6 +20,8 @@ from torch._inductor.decomposition import decompositions
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
+from pvae import staging  # noqa: F401  (its operator hold)
+
 __all__ = ["in_place"]
 
 # 2^f for f in [0, 1]: relative error 8e-8.
@@ -164,8 +166,14 @@ def _register(name: str, plain: Callable[[Tensor], Tensor], kernel: Callable[[An
     register_lowering(getattr(torch.ops.pvae, name))(make_pointwise(kernel))
 
 
+@register_lowering(torch.ops.pvae.hold)  # type: ignore[untyped-decorator]
+def _hold(x: Any) -> Any:
+    x.realize()
+    return x
+
+
 # Operators of their own, because Inductor would otherwise store each exponential in memory.
-_library: Any = torch.library.Library("pvae", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("pvae", "FRAGMENT")  # type: ignore[no-untyped-call]
 _register("sigmoid", torch.sigmoid, _sigmoid_kernel)
 _register("softplus_tail", lambda x: torch.log1p(torch.exp(-x.abs())), _softplus_tail_kernel)
 _register("tanh", torch.tanh, _tanh_kernel)

@@ -7,13 +7,15 @@ refused rather than frozen.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["COMPILING_PAYS", "ENGINES", "STAGING_PAYS", "StagingError", "capture", "lower"]
+__all__ = ["COMPILING_PAYS", "ENGINES", "STAGING_PAYS", "StagingError", "capture", "hold", "lower"]
 
 ENGINES = ("auto", "compiled", "cudagraph", "eager", "staged")
 STAGING_PAYS = 2.0  # seconds of eager work ahead, above which tracing once is worth it
@@ -56,8 +58,21 @@ def capture(function: Callable[..., Any], *examples: Any, flat: bool = False) ->
     return graph
 
 
+def hold(x: torch.Tensor) -> torch.Tensor:
+    """``x``; where it is compiled, computed once and stored, not once for each of its uses."""
+    held: torch.Tensor = torch.ops.pvae.hold(x)
+    return held
+
+
+_library: Any = torch.library.Library("pvae", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("hold(Tensor x) -> Tensor")
+_library.impl("hold", torch.clone, "CompositeExplicitAutograd")
+
+
 def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
     """A graph of tensor operations through Inductor, its noise drawn as torch draws it.
+
+    What calls the kernels is compiled as well on a CPU; where Inductor cannot, it is Python.
 
     Args:
         graph: A ``torch.fx.GraphModule`` that takes a flat list of tensors.
@@ -66,27 +81,50 @@ def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:
     Raises:
         StagingError: there is no C++ compiler, or it failed.
     """
-    try:
-        with torch.no_grad(), _own_noise(inputs), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations
-            import torch._inductor.config as settings
-            from torch._guards import TracingContext, tracing
-            from torch._inductor.compile_fx import compile_fx
-            from torch._subclasses import FakeTensorMode
-            from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    on_cpu = not any(tensor.is_cuda for tensor in inputs)
+    for cpp_wrapper in (True, False) if on_cpu else (False,):
+        try:
+            return _compile(graph, inputs, cpp_wrapper=cpp_wrapper)
+        except Exception as error:
+            failure = error
+    reason = str(failure).strip().splitlines() or [""]
+    raise StagingError(f"the compiler failed ({type(failure).__name__}: {reason[0]})") from failure
 
-            from pvae import rewrites
 
-            options = {"fallback_random": True, "cpp.enable_floating_point_contract_flag": "fast"}
-            # Inductor looks into its cache only where shapes are tracked, fixed as they are here.
-            shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
-            with settings.patch(options), tracing(TracingContext(shapes)), rewrites.in_place():
-                run: Any = compile_fx(graph, inputs)  # type: ignore[arg-type]
-                run(*inputs)  # compiles here and not at the first step
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        raise StagingError(f"the compiler failed ({type(error).__name__}: {reason[0]})") from error
-    return run  # type: ignore[no-any-return]
+def _compile(graph: Any, inputs: list[torch.Tensor], *, cpp_wrapper: bool) -> Callable[..., Any]:
+    with torch.no_grad(), _own_noise(inputs), _quiet():
+        import torch._inductor.config as settings
+        from torch._guards import TracingContext, tracing
+        from torch._inductor.compile_fx import compile_fx
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        from pvae import rewrites
+
+        options = {
+            "cpp.enable_floating_point_contract_flag": "fast", "cpp_wrapper": cpp_wrapper,
+            "fallback_random": True,
+        }  # fmt: skip
+        # Inductor looks into its cache only where shapes are tracked, fixed as they are here.
+        shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))
+        with settings.patch(options), tracing(TracingContext(shapes)), rewrites.in_place():
+            run: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[arg-type,assignment]
+            run(*inputs)  # compiles here and not at the first step
+    return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's deprecations, and what it says of operators that C++ calls by a detour."""
+    log = logging.getLogger("torch._inductor.ir")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _own_noise(examples: Any) -> Any:

@@ -109,3 +109,34 @@ def test_captured_noise_is_fresh_and_follows_the_seed():
     torch.manual_seed(0)
     assert torch.equal(graph(torch.zeros(5)), first)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_where_cpp_cannot_call_the_kernels_python_does(monkeypatch, capfd):
+    """The C++ wrapper fails, the compiled graph does not; nothing of it is said."""
+    import torch._inductor.compile_fx as inductor
+    import torch._inductor.config as settings
+
+    tried, compile_fx = [], inductor.compile_fx
+
+    def without_cpp(*args, **kwargs):
+        tried.append(settings.cpp_wrapper)
+        if settings.cpp_wrapper:
+            raise RuntimeError("an operator without a C++ interface")
+        return compile_fx(*args, **kwargs)
+
+    monkeypatch.setattr(inductor, "compile_fx", without_cpp)
+    x = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    graph = capture(lambda x: (torch.linalg.cholesky(x),), x, flat=True)
+    (found,) = lower(graph, [x])(x)
+    assert tried == [True, False]
+    torch.testing.assert_close(found, torch.linalg.cholesky(x))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_operator_without_a_cpp_interface_is_called_silently(capfd):
+    x = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    graph = capture(lambda x: (torch.linalg.cholesky(x),), x, flat=True)
+    torch.testing.assert_close(lower(graph, [x])(x)[0], torch.linalg.cholesky(x))
+    assert capfd.readouterr().err == ""

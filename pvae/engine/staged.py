@@ -19,6 +19,7 @@ from pvae.seeds import seed_noise
 from pvae.staging import (
     StagingError,
     capture,
+    hold,
     lower,
 )
 
@@ -120,7 +121,7 @@ class Staged:
             self.used = [tensor for tensor, gradient in pairs if gradient is not None]
             return (found, *[g for g in gradients if g is not None])
         with torch.no_grad():
-            self.update(self.tensors, gradients, healthy, self.scalars)
+            self.update(self.tensors, gradients, hold(healthy), self.scalars)
         return (found,)
 
     def _verify(self, index: Tensor, before: list[Tensor]) -> None:

@@ -56,11 +56,11 @@ class Update:
                 self.optimizer.state[tensor]["step"].fill_(count)
 
     def corrections(self, step: int) -> tuple[float, float]:
-        """Adam's corrections for moments that began at zero; ones for the others."""
+        """What Adam's moments, which began at zero, are multiplied by; ones for the others."""
         if "betas" not in self.group:
             return 1.0, 1.0
         first, second = self.group["betas"]
-        return 1 - first**step, (1 - second**step) ** 0.5
+        return 1 / (1 - first**step), (1 - second**step) ** -0.5
 
     def __call__(
         self,
@@ -99,7 +99,7 @@ def _adam(
         g = g + decay * p
     m = m.lerp(g, 1 - group["betas"][0])
     v = v * group["betas"][1] + (1 - group["betas"][1]) * g * g
-    return p - (rate / first) * m / (v.sqrt() / second + group["eps"]), m, v
+    return p - (rate * first) * m / (v.sqrt() * second + group["eps"]), m, v
 
 
 def _sgd(
