@@ -241,7 +241,10 @@ def _fill_sweep(parser: _Parser) -> None:
 def _fill_evaluate(parser: _Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="a folder that pvae train wrote")
     parser.add_argument(
-        "--num-particles", type=_whole, metavar="K", default=5000, help="draws per datum (5000)"
+        "--num-particles",
+        type=_whole,
+        metavar="K",
+        help="draws per datum (5000; 2 where the guide is the exact posterior)",
     )
     parser.add_argument(
         "--split", choices=("test", "valid", "train"), default="test", help="which data (test)"

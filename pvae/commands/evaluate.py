@@ -29,8 +29,10 @@ _BLOCK = 1024  # rows scored at once where the density is exact
 def evaluate(arguments: argparse.Namespace) -> None:
     """``pvae evaluate``: the log evidence of held-out data, written into the run folder."""
     folder = Path(arguments.run)
-    _check(arguments)
     config = runs.read_config(folder)
+    if arguments.num_particles is None:  # draws from the exact posterior all weigh log p(x)
+        arguments.num_particles = 2 if config.get("guide") == "exact" else 5000
+    _check(arguments)
     if arguments.method != "annealed":
         need_encoder(config, folder, "say --method annealed, which then starts from the prior")
     run = runs.load(folder)
