@@ -415,3 +415,27 @@ def test_constant_features_have_scale_one() -> None:
     constant = dataset.train.x.std(0) == 0
     assert torch.equal(moments["x_scale"][constant], torch.ones(int(constant.sum())))
     assert bool((moments["x_scale"] > 0).all())
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def test_training_curves_are_on_the_scale_of_what_is_printed(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a model's file is called by its name, wherever it lies."""
+    from pvae import plots
+
+    drawn: dict[str, Any] = {}
+    draw = plots.training_curves
+    monkeypatch.setattr(
+        plots, "training_curves", lambda histories: drawn.update(histories) or draw(histories)
+    )
+    run, dataset = pvae.load("run"), pvae.data.load("digits")
+    runs.draw_figures(run, dataset, Path("run"), name="/elsewhere/mine.py:Mine")
+    (name, (first, *_)) = next(iter(drawn.items()))
+    assert name == "mine.py:Mine"
+    for key, split in (("bound", dataset.train), ("valid_bound", dataset.valid)):
+        shift = float(split.log_det.mean())
+        assert first[key] == pytest.approx(run.history[0][key] + shift)
+        assert abs(shift) > 1

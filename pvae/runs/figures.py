@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ __all__ = ["draw_board_figures", "draw_figures", "save_figure"]
 
 def draw_figures(run: Run, dataset: Dataset, folder: Path, *, name: str) -> None:
     """Training curves, samples beside data, reconstructions, and latents by label, as PNGs."""
-    draw_board_figures({name: run}, {}, dataset, folder)
+    draw_board_figures({name.rpartition("/")[2]: run}, {}, dataset, folder)
 
 
 def draw_board_figures(
@@ -35,7 +35,7 @@ def draw_board_figures(
     best = next(iter(networks.values()))
     pictures: dict[str, Callable[[], Any]] = {
         "training_curves": lambda: plots.training_curves(
-            {name: run.history for name, run in networks.items()}
+            {name: _on_the_original_scale(run.history, dataset) for name, run in networks.items()}
         ),
         "samples": lambda: _samples(networks, classical, dataset),
         "reconstructions": lambda: _reconstructions(networks, dataset),
@@ -46,6 +46,18 @@ def draw_board_figures(
         pictures["latents"] = lambda: _latent_scatter(best, dataset)
     for title, make in pictures.items():
         save_figure(make, folder / "figures" / f"{title}.png")
+
+
+def _on_the_original_scale(history: Sequence[Any], dataset: Dataset) -> list[dict[str, float]]:
+    """Bounds as densities of the data as they were given, like all that is printed."""
+    shifts = {
+        "bound": float(dataset.train.log_det.mean()),
+        "valid_bound": float(dataset.valid.log_det.mean()),
+    }
+    return [
+        {**row, **{key: row[key] + shift for key, shift in shifts.items() if key in row}}
+        for row in history
+    ]
 
 
 def save_figure(make: Callable[[], Any], path: Path) -> Path | None:
