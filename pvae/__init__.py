@@ -20,6 +20,9 @@ _HOME = {
     "Particles": "pvae.particles",
     "PvaeError": "pvae.errors",
     "Run": "pvae.training",
+    "adversarial": None,
+    "arviz": None,
+    "audio": None,
     "baselines": None,
     "beta_vae": "pvae.recipes",
     "bounds": None,
@@ -27,13 +30,17 @@ _HOME = {
     "data": None,
     "disentanglement": None,
     "distributed": None,
+    "doctor": None,
     "draw": "pvae.particles",
     "dreg": "pvae.recipes",
     "evidence": None,
     "fit": "pvae.training",
+    "foreign": None,
     "galleries": None,
+    "games": None,
     "gradients": None,
     "guides": None,
+    "imputation": None,
     "iwae": "pvae.recipes",
     "latent_density": None,
     "latent_paths": None,
@@ -42,10 +49,15 @@ _HOME = {
     "mcem": "pvae.recipes",
     "models": None,
     "out_of_distribution": None,
+    "penalties": None,
     "plots": None,
+    "recipes": None,
     "rws": "pvae.recipes",
+    "sample_quality": None,
     "schedules": None,
+    "sequences": None,
     "stl": "pvae.recipes",
+    "trackers": None,
     "vae": "pvae.recipes",
     "wake_sleep": "pvae.recipes",
 }
@@ -67,22 +79,34 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from pvae import adversarial as adversarial
+    from pvae import arviz as arviz
+    from pvae import audio as audio
     from pvae import baselines as baselines
     from pvae import bounds as bounds
     from pvae import data as data
     from pvae import disentanglement as disentanglement
     from pvae import distributed as distributed
+    from pvae import doctor as doctor
     from pvae import evidence as evidence
+    from pvae import foreign as foreign
     from pvae import galleries as galleries
+    from pvae import games as games
     from pvae import gradients as gradients
     from pvae import guides as guides
+    from pvae import imputation as imputation
     from pvae import latent_density as latent_density
     from pvae import latent_paths as latent_paths
     from pvae import latents as latents
     from pvae import models as models
     from pvae import out_of_distribution as out_of_distribution
+    from pvae import penalties as penalties
     from pvae import plots as plots
+    from pvae import recipes as recipes
+    from pvae import sample_quality as sample_quality
     from pvae import schedules as schedules
+    from pvae import sequences as sequences
+    from pvae import trackers as trackers
     from pvae.alternation import Alternate as Alternate
     from pvae.comparison import compare as compare
     from pvae.errors import PvaeError as PvaeError

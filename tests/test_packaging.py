@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +26,6 @@ FLOORS = [
         "launchers",
         "nonfinite",
         "published",
-        "rewrites",
         "seeds",
     },
     {
@@ -36,6 +36,7 @@ FLOORS = [
         "interrupts",
         "locks",
         "progress",
+        "rewrites",
         "staging",
         "precision",
     },
@@ -107,6 +108,14 @@ def test_public_names_are_sorted_and_importable():
     assert sorted(pvae.__all__) == list(pvae.__all__)
     for name in pvae.__all__:
         assert getattr(pvae, name) is not None, name
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_what_a_page_calls_needs_no_import_but_that_of_pvae(page):
+    called = set(re.findall(r"\bpvae\.(\w+)(?:\.\w+)*\(", page.read_text()))
+    assert called <= set(pvae.__all__)
 
 
 def test_unknown_public_name_is_an_attribute_error():
