@@ -141,8 +141,8 @@ def parse(name: str, text: str) -> Dimension:
 
 def _interval(name: str, text: str) -> Real | Whole:
     log = text.startswith("log:")
-    low, _, high = text.removeprefix("log:").partition("..")
-    high = high or low
+    low, dots, high = text.removeprefix("log:").partition("..")
+    high = high if dots else low
     try:
         ends = float(low), float(high)
     except ValueError:
@@ -187,6 +187,11 @@ def configure(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 def _typed(name: str, value: Any, example: Any) -> Any:
     """The text of a choice as the number or the nothing that a train option takes."""
+    if isinstance(value, (int, float)):
+        if isinstance(example, str) or (isinstance(example, int) and isinstance(value, float)):
+            kind = "word" if isinstance(example, str) else "whole number"
+            raise OptionError(f"--search {name}: {value!r} is no {kind}, which --{name} takes")
+        return value
     if not isinstance(value, str):
         return value
     if value.lower() == "none":

@@ -45,6 +45,7 @@ def test_a_space_is_read(text, expected):
         ("log:0..1", "0 < low <= high"),
         ("nan..1", "finite ends"),
         ("a..b", "no numbers"),
+        ("1..", "no numbers"),
         ("silu", "varies nothing"),
         ("silu|silu", "varies nothing"),
         ("silu||tanh", "varies nothing"),
@@ -98,6 +99,8 @@ def test_values_go_where_their_names_say():
         ({"model_options": 1}, "no option --model_options"),
         ({"lr": "fast"}, "no number"),
         ({"batch_size": "1.5"}, "no whole number"),
+        ({"batch_size": 1.5}, "1.5 is no whole number"),
+        ({"optimizer": 1}, "1 is no word"),
     ],
 )
 def test_names_and_values_that_do_not_exist(values, message):
