@@ -135,6 +135,11 @@ def _from_file(role: str, path: Path, attribute: str, copy: Path | None) -> Prog
 
 
 def _from_import(role: str, place: str, attribute: str) -> Program:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ProgramError(
+            f"the {role} {place}:{attribute} names no module: give package.module:Class or "
+            "./file.py:Class"
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:

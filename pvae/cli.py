@@ -37,7 +37,7 @@ from pvae.commands import (
     train,
 )
 from pvae.commands.programs import Programs
-from pvae.errors import OptionError, PvaeError, did_you_mean
+from pvae.errors import OptionError, PvaeError, did_you_mean, first_line
 from pvae.launchers import launched
 
 __all__ = ["main"]
@@ -244,7 +244,8 @@ def _fill_evaluate(parser: _Parser) -> None:
         "--num-particles",
         type=_whole,
         metavar="K",
-        help="draws per datum (5000; 2 where the guide is the exact posterior)",
+        help="draws per datum (5000, of which auto takes 1000; 2 where the guide is the exact "
+        "posterior)",
     )
     parser.add_argument(
         "--split", choices=("test", "valid", "train"), default="test", help="which data (test)"
@@ -305,7 +306,7 @@ def _fill_compare(parser: _Parser) -> None:
         "--num-particles", type=_whole, metavar="K", default=1000, help="draws per datum (1000)"
     )
     parser.add_argument(
-        "--epochs", type=_whole, metavar="N", default=100, help="of each VAE it fits (100)"
+        "--epochs", type=_whole, metavar="N", default=None, help="of each VAE it fits (100)"
     )
     parser.add_argument("--seed", type=_seed, metavar="N", default=0, help="of fits and draws (0)")
 
@@ -762,6 +763,10 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         about = f"{error.filename}: " if error.filename else ""
         return f"{about}{error.strerror or error}", 74
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate" in str(error)
+    ):
+        return f"the memory is too small: ask for fewer at a time ({first_line(error)}; {hint})", 70
     return f"{type(error).__name__}: {error} ({hint})", 70
 
 

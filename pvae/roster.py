@@ -48,8 +48,13 @@ def fit(
         Name -> the fitted entry and its seconds, classical densities first.
 
     Raises:
-        DataError: Nothing in the roster could be fitted.
+        DataError: Nothing in the roster could be fitted, or the data are sequences.
     """
+    if dataset.padding is not None:
+        raise DataError(
+            f"{dataset.name} holds padded sequences, for which the roster has no density: train "
+            "models of sequences and compare their runs (pvae compare RUN RUN)"
+        )
     roster = _densities(dataset, config["seed"]) | _networks(dataset, config, folder, train)
     entries: dict[str, Entry] = {}
     for number, (name, make) in enumerate(roster.items(), 1):

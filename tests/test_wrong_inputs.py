@@ -58,6 +58,17 @@ def table(place: Path, text: str) -> str:
     return str(path)
 
 
+def array(place: Path, values: np.ndarray[Any, Any]) -> str:
+    np.save(place / "rows.npy", values)
+    return str(place / "rows.npy")
+
+
+def sentences(place: Path) -> str:
+    path = place / "lines.txt"
+    path.write_text("one two three\ntwo three\nfour\n" * 9)
+    return str(path)
+
+
 def config(place: Path, text: str) -> str:
     path = place / "run.yaml"
     path.write_text(text)
@@ -191,6 +202,12 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
     ),
     "unknown device": (lambda p, r: [*TRAIN, "--device", "tpu9"], 2, ("'tpu9'", "try 'cpu'")),
     "unknown module": (lambda p, r: ["train", "no.such:Model"], 2, ("no.such:Model", "imported")),
+    "no module": (lambda p, r: ["train", ".:Model"], 2, (".:Model names no module",)),
+    "class that is no program": (
+        lambda p, r: ["train", "pathlib:Path"],
+        2,
+        ("which cannot be called", "a class with forward"),
+    ),
     # --- numbers
     "negative epochs": (lambda p, r: [*TRAIN, "--epochs", "-1"], 2, ("epochs", "at least 1")),
     "epochs in words": (lambda p, r: [*TRAIN, "--epochs", "ten"], 2, ("--epochs", "'ten'")),
@@ -332,6 +349,41 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         65,
         ("'many'",),
     ),
+    "semicolons in a table": (
+        lambda p, r: [*TRAIN, "--data", table(p, "1,5;2,5\n" * 9)],
+        65,
+        ("'5;2'", "several numbers", "commas between cells"),
+    ),
+    "tabs in a table": (
+        lambda p, r: [*TRAIN, "--data", table(p, "1.5\t2\n" * 9)],
+        65,
+        ("several numbers", "commas between cells"),
+    ),
+    "rows without a number": (
+        lambda p, r: [*TRAIN, "--data", array(p, np.zeros((9, 0)))],
+        65,
+        ("(9, 0)", "at least one number in each row"),
+    ),
+    "rows of words": (
+        lambda p, r: [*TRAIN, "--data", array(p, np.array([["a", "b"]] * 9))],
+        65,
+        ("<U1", "number its words"),
+    ),
+    "data without a suffix": (
+        lambda p, r: [*TRAIN, "--data", "/dev/null"],
+        65,
+        ("ends in no suffix",),
+    ),
+    "images that are no folder": (
+        lambda p, r: [*TRAIN, "--data-unreadable", "skip"],
+        2,
+        ("unreadable='skip'", "folder of images", "digits"),
+    ),
+    "labels for a model that takes none": (
+        lambda p, r: [*TRAIN, "--labels", "5"],
+        2,
+        ("labels=5", "VAE has none", "leave it out"),
+    ),
     "grey pixels for Bernoulli": (
         lambda p, r: [*TRAIN, "--model.likelihood", "bernoulli"],
         65,
@@ -417,6 +469,11 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         66,
         ("config.yaml", "'seed'", "'x'"),
     ),
+    "run folder without a model": (
+        lambda p, r: ["evaluate", edited(p, r, "model: vae", "model: null")],
+        66,
+        ("config.yaml", "'model' is None", "train the run again"),
+    ),
     "no run folder": (lambda p, r: ["evaluate"], 2, ("needs RUN", "evaluate --help")),
     "two run folders": (lambda p, r: ["evaluate", str(r), "other"], 2, ("cannot take 'other'",)),
     "no boards": (lambda p, r: ["board", "binary", "--data", ""], 2, ("--data", "names")),
@@ -451,6 +508,11 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         ("64 features", "has 3"),
     ),
     "no samples": (lambda p, r: ["sample", str(r), "--size", "0"], 2, ("--size", "at least 1")),
+    "more samples than memory": (
+        lambda p, r: ["sample", str(r), "--size", "9" * 14],
+        70,
+        ("memory is too small", "fewer at a time"),
+    ),
     "samples of a wrong kind": (
         lambda p, r: ["sample", str(r), "--out", "x.jpeg"],
         2,
@@ -460,6 +522,21 @@ CASES: dict[str, tuple[Case, int, tuple[str, ...]]] = {
         lambda p, r: ["compare", str(r), edited(p, r, "transform: null", "transform: logit")],
         66,
         ("same data", "transform differs"),
+    ),
+    "epochs of runs that are trained": (
+        lambda p, r: ["compare", str(r), "--epochs", "3"],
+        2,
+        ("--epochs is for the roster", "leave one out"),
+    ),
+    "bits of runs that are trained": (
+        lambda p, r: ["compare", str(r), "--binarize", "fixed"],
+        2,
+        ("--binarize is for the roster", "leave one out"),
+    ),
+    "roster for sentences": (
+        lambda p, r: ["compare", "--data", sentences(p)],
+        65,
+        ("lines.txt holds padded sequences", "pvae compare RUN RUN"),
     ),
     "comparison without particles": (
         lambda p, r: ["compare", "--num-particles", "0"],

@@ -30,6 +30,14 @@ def compare(arguments: argparse.Namespace) -> None:
     """``pvae compare``: the board of given runs, or of the default roster."""
     if arguments.num_particles < 1:
         raise OptionError(f"--num-particles must be at least 1, got {arguments.num_particles}")
+    for option in ("epochs", "binarize", "transform"):
+        if arguments.runs and getattr(arguments, option) is not None:
+            raise OptionError(
+                f"--{option} is for the roster, and runs were given, which are trained: "
+                "leave one out"
+            )
+    if arguments.epochs is None:
+        arguments.epochs = 100
     if arguments.epochs < 1:
         raise OptionError(f"--epochs must be at least 1, got {arguments.epochs}")
     if arguments.runs:

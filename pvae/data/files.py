@@ -48,9 +48,9 @@ def read_arrays(path: Path) -> Arrays:
     readers = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
+        suffix = repr(path.suffix) if path.suffix else "no suffix"
         raise DataError(
-            f"{path} ends in {path.suffix or 'no suffix'!r}, expected .npz, .npy, .csv or .txt: "
-            "save it as one of these"
+            f"{path} ends in {suffix}, expected .npz, .npy, .csv or .txt: save it as one of these"
         )
     if not path.is_file():
         raise DataError(f"{path} is not a file: check the path")
@@ -128,6 +128,12 @@ def _csv_row(
     if None in numbers:
         column = numbers.index(None)
         name = f" {names[column]!r}" if names[column] else ""
+        parts = cells[column].replace(";", " ").split()
+        if len(parts) > 1 and all(_number(part.replace(",", ".")) is not None for part in parts):
+            raise DataError(
+                f"{where}, column {column}{name} is {cells[column]!r}, several numbers: put commas "
+                "between cells, and a point before decimals"
+            )
         raise DataError(
             f"{where}, column {column}{name} is {cells[column]!r}, expected a number: "
             "encode or drop this column"

@@ -199,6 +199,10 @@ def _read(
         return path.name, read_image_folder(path, size, unreadable=unreadable)
     if size is not None:
         raise OptionError(f"size={size!r} is for a folder of images, not for {name_or_path}")
+    if unreadable != "stop":
+        raise OptionError(
+            f"unreadable={unreadable!r} is for a folder of images, not for {name_or_path}"
+        )
     if source is not None:
         return str(name_or_path), source(root)
     if isinstance(name_or_path, str) and not path.suffix and len(path.parts) < 2:

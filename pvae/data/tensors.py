@@ -49,13 +49,16 @@ def to_tensor(
     if array.ndim == 0:
         raise DataError(f"{what} is a single number, expected rows (N, ...): add a dimension")
     if array.numel() == 0:
-        raise DataError(f"{what} is empty, shape {tuple(array.shape)}: give at least one row")
+        lacks = "number in each row" if len(array) else "row"
+        raise DataError(f"{what} is empty, shape {tuple(array.shape)}: give at least one {lacks}")
     tensor = array.to(device)
     _require_finite(tensor.masked_fill(tensor.isnan(), 0) if allow_nan else tensor, what)
     return tensor
 
 
 def _from_numpy(array: np.ndarray[Any, Any], what: str) -> Tensor:
+    if array.dtype.kind in "SU":
+        raise DataError(f"{what} has dtype {array.dtype}, expected numbers: number its words")
     if array.dtype.kind not in "biuf" or array.dtype in _UNKNOWN_TO_TORCH:
         raise DataError(
             f"{what} has dtype {array.dtype}, expected real numbers of at most 64 bits: "

@@ -89,6 +89,11 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     missing = [key for key in (*DEFAULTS, "data_facts") if key not in config]
     if missing:
         raise RunError(f"{folder / 'config.yaml'} has no {missing[0]!r}: train the run again")
+    if not isinstance(config["model"], str):
+        raise RunError(
+            f"{folder / 'config.yaml'}: 'model' is {config['model']!r}, expected a name: put back "
+            "what stood there, or train the run again"
+        )
     for key, default in DEFAULTS.items():
         if not isinstance(config[key], _kinds(default)):
             raise RunError(

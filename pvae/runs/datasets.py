@@ -120,12 +120,18 @@ def training_data(config: dict[str, Any], model: Any, dataset: Dataset) -> dict[
     """``train``, ``valid``, ``preprocess`` and ``bucket_by`` as :func:`pvae.fit` takes them.
 
     Raises:
-        OptionError: The rows have no lengths, or there are not as many labels as are kept.
+        OptionError: The rows have no lengths, or there are not as many labels as are kept, or the
+            model takes none.
     """
     labels = dataset.train.labels
     if labels is not None:
         labels = keep_labels(labels, config["labels"])
     train, preprocess = batch_for(model, dataset.train_raw, labels), dataset.preprocess
+    if train is dataset.train_raw and config["labels"] is not None:
+        raise OptionError(
+            f"labels={config['labels']} is for a model whose program has a y, and "
+            f"{type(model).__name__} has none: leave it out"
+        )
     if train is not dataset.train_raw and preprocess is not None:
         preprocess = _of_first(preprocess)
     valid = batch_for(model, dataset.valid.x, dataset.valid.labels)

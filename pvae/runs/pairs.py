@@ -117,7 +117,12 @@ def _too_small(options: Mapping[str, Any]) -> str | None:
 
 
 def _checked(name: str, program: Any, options: Mapping[str, Any]) -> Any:
-    """Refuse a size of zero, which torch takes."""
+    """Refuse a size of zero, which torch takes, and what is no program."""
+    if not callable(program):
+        raise ProgramError(
+            f"{name} makes a {type(program).__name__}, which cannot be called: give a function, or "
+            "a class with forward"
+        )
     small = _too_small(options)
     for parameter, value in getattr(program, "named_parameters", list)():
         if value.numel() == 0:
