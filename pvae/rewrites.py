@@ -20,9 +20,7 @@ from torch._inductor.decomposition import decompositions
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
-from pvae import staging  # noqa: F401  (its operator hold)
-
-__all__ = ["in_place"]
+__all__ = ["hold", "in_place"]
 
 # 2^f for f in [0, 1]: relative error 8e-8.
 _EXP2 = (0.9999999269249813, 0.6931529681766547, 0.2401545298866001, 0.05582360446256551,
@@ -166,14 +164,8 @@ def _register(name: str, plain: Callable[[Tensor], Tensor], kernel: Callable[[An
     register_lowering(getattr(torch.ops.pvae, name))(make_pointwise(kernel))
 
 
-@register_lowering(torch.ops.pvae.hold)  # type: ignore[untyped-decorator]
-def _hold(x: Any) -> Any:
-    x.realize()
-    return x
-
-
 # Operators of their own, because Inductor would otherwise store each exponential in memory.
-_library: Any = torch.library.Library("pvae", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("pvae", "DEF")  # type: ignore[no-untyped-call]
 _register("sigmoid", torch.sigmoid, _sigmoid_kernel)
 _register("softplus_tail", lambda x: torch.log1p(torch.exp(-x.abs())), _softplus_tail_kernel)
 _register("tanh", torch.tanh, _tanh_kernel)
@@ -182,3 +174,17 @@ _register(
     lambda s: -torch.log(torch.maximum(s, 1 - s)),
     _softplus_tail_by_sigmoid_kernel,
 )
+_library.define("hold(Tensor x) -> Tensor")
+_library.impl("hold", torch.clone, "CompositeExplicitAutograd")
+
+
+@register_lowering(torch.ops.pvae.hold)  # type: ignore[untyped-decorator]
+def _hold(x: Any) -> Any:
+    x.realize()
+    return x
+
+
+def hold(x: Tensor) -> Tensor:
+    """``x``, which Inductor computes once and stores, not once for each of its uses."""
+    held: Tensor = torch.ops.pvae.hold(x)
+    return held

@@ -26,6 +26,7 @@ FLOORS = [
         "launchers",
         "nonfinite",
         "published",
+        "rewrites",
         "seeds",
     },
     {
@@ -36,7 +37,6 @@ FLOORS = [
         "interrupts",
         "locks",
         "progress",
-        "rewrites",
         "staging",
         "precision",
     },
