@@ -731,6 +731,36 @@ def test_factor_outside_the_data_plate_counts_once(x, loss):
     assert with_factor == pytest.approx(loss(plain_model, plain_guide, x).item() + 3)
 
 
+def rows_without_a_plate(x):
+    plain_model(x)
+    pyro.factor("bonus", -x.square().sum(-1))
+
+
+def test_factor_for_each_datum_counts_for_a_single_row(x):
+    two, one = (pvae.draw(rows_without_a_plate, plain_guide, x[:n], 3) for n in (2, 1))
+    assert torch.equal(one.log_p["bonus"], two.log_p["bonus"][:, :1])
+
+
+def test_factor_for_each_datum_counts_in_a_last_block_of_one_row(x):
+    rows, both = x[:3], []
+    for model in (plain_model, rows_without_a_plate):
+        found = pvae.evidence.importance(model, plain_guide, rows, num_particles=4, max_pairs=2)
+        both.append(found.log_evidence)
+    torch.testing.assert_close(both[1] - both[0], -rows.square().sum(-1).double())
+
+
+@pytest.mark.parametrize("anchors", [1, 2, 5])
+def test_data_that_belong_to_no_datum_count_once(x, anchors):
+    def model(x):
+        with pyro.plate("anchors", anchors, dim=-1):
+            pyro.sample("anchor", dist.Normal(x.new_zeros(()), 1.0), obs=x.new_ones(anchors))
+        plain_model(x)
+
+    ours = our_loss(model, plain_guide, x[:5], num_particles=4)
+    theirs = trace_elbo(model, plain_guide, x[:5], num_particles=4, max_plate_nesting=1)
+    assert ours == pytest.approx(theirs, abs=IDENTITY)
+
+
 def test_deterministic_sites_are_no_sites(x):
     def model(x):
         pyro.deterministic("shared", x.new_ones(3))

@@ -113,7 +113,7 @@ def check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layou
 
 def _check_terms(role: str, trace: Any, layout: Layout, num_particles: int, rows: int) -> None:
     for name, node in random_nodes(trace).items():
-        if name in layout.globals:
+        if name in layout.outside:
             continue
         shape = tuple(node_log_prob(node).shape)
         excess = len(shape) + layout.particle_dim

@@ -12,6 +12,7 @@ from pvae.particles.checks import (
     check_sites,
     check_vectorized,
 )
+from pvae.particles.densities import node_log_prob
 from pvae.particles.plates import find_data_plates
 from pvae.particles.running import attempt, given, quiet
 from pvae.particles.supports import base_family, check_supports, observed_supports
@@ -92,6 +93,7 @@ def _find_layout(
         if not node["fn"].has_rsample
     }
     observed = observed_nodes(model_trace)
+    apart = [n for n, node in observed.items() if not _by_row(node, data_dim, data_plates, rows)]
     return Layout(
         particle_dim=-1 - depth,
         data_dim=data_dim,
@@ -99,6 +101,7 @@ def _find_layout(
         latents=tuple(local),
         globals=tuple(shared),
         observed=tuple(observed),
+        outside=frozenset([*shared, *apart]),
         entries=observed_keys(observed, batch),
         score_sites=score_sites,
         supports=observed_supports(observed, batch),
@@ -106,6 +109,14 @@ def _find_layout(
         vectorize=vectorize,
         event_dims={n: node["fn"].event_dim for n, node in guide_sites.items()},
     )
+
+
+def _by_row(node: Any, data_dim: int, data_plates: frozenset[str], rows: int) -> bool:
+    """Whether an observed site is in the data plate, or has its rows without saying so."""
+    at_data = [frame.name for frame in plate_frames(node) if frame.dim == data_dim]
+    if at_data:
+        return at_data[0] in data_plates
+    return _has_rows(node_log_prob(node).shape, data_dim, rows)
 
 
 def _has_rows(batch_shape: Any, data_dim: int, rows: int) -> bool:
