@@ -1168,6 +1168,73 @@ def test_batch_without_tensors_is_refused():
         pvae.draw(model, guide, ())
 
 
+def trials(total, successes):
+    with pyro.plate("data", len(total), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("k", dist.Binomial(total, logits=z), obs=successes)
+
+
+class TrialsGuide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, total, successes):
+        with pyro.plate("data", len(total), dim=-1):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+def test_bounds_of_each_row_are_asked_of_that_row_alone():
+    total = torch.arange(1.0, 8.0)
+    options = {"epochs": 1, "batch_size": 3, "engine": "eager", "progress": False}
+    pvae.fit(trials, TrialsGuide(), (total, total), **options)
+    with pytest.raises(DataError, match="bounds of each row's own, row 1 of the data has 3"):
+        pvae.fit(trials, TrialsGuide(), (total, total.clone().index_fill(0, torch.tensor(1), 3)))
+
+
+def test_support_that_moves_with_the_latents_may_rule_data_out():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.linspace(-2, 2, 5)
+    normal = dist.Normal(0.0, 1.0)
+    truth = ((normal.cdf(x + 1) - normal.cdf(x - 1)) / 2).log().double()
+    found = pvae.evidence.importance(model, guide, x, num_particles=4000)
+    assert ((found.log_evidence - truth).abs() < 4 * found.stderr).all()
+
+
+@pytest.mark.parametrize("rows", [torch.full((4, 3), 0.5), torch.tensor([0.5, 0.5, 0.5])])
+def test_rows_off_the_simplex_are_refused_by_row(rows):
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Dirichlet(torch.ones(3)), obs=rows)
+
+    def guide(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    with pytest.raises(DataError, match="in Simplex, row 0 of the data has a value outside it"):
+        pvae.draw(model, guide, torch.zeros(4))
+
+
+@pytest.mark.parametrize("look", [lambda m, x: pvae.draw(m, plain_guide, x), pvae.guides.auto])
+def test_data_that_no_density_takes_are_refused(x, look):
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            z = pyro.sample("z", normal(x.new_zeros(2)))
+            pyro.sample("x", normal(torch.cat([z, z], -1)), obs=x[:3])
+
+    with pytest.raises(ProgramError, match="site 'x' has no density at its value"):
+        look(model, x[:2])
+
+
 def test_grey_pixels_are_refused_by_row():
     def model(x):
         with pyro.plate("data", len(x), dim=-1):

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from pvae.errors import ProgramError
 from pvae.particles.plates import count_data, inner_scale
+from pvae.particles.running import reason
 from pvae.particles.supports import support_of, values_inside
 from pvae.particles.traces import masks_of, random_nodes
 from pvae.particles.types import Batch, Layout, sum_terms
 
 __all__ = [
+    "attempted_log_prob",
     "local_terms",
     "log_density",
     "masked",
@@ -30,6 +32,18 @@ def node_log_prob(node: Any, value: Tensor | None = None) -> Tensor:
     value = _filled(node) if value is None else value
     log_prob: Tensor = node["fn"].log_prob(value, *node["args"], **node["kwargs"])
     return masked(log_prob, node["mask"])
+
+
+def attempted_log_prob(role: str, node: Any) -> Tensor:
+    """:func:`node_log_prob`; whatever fails in it is a ``ProgramError``."""
+    try:
+        return node_log_prob(node)
+    except Exception as error:
+        raise ProgramError(
+            f"{role} site {node['name']!r} has no density at its value ({reason(error)}): give it "
+            "a value of its own rows and support, or validate_args=False where a draw may rule the "
+            "data out"
+        ) from error
 
 
 def masked(log_prob: Tensor, mask: Any, event_dim: int = 0) -> Tensor:

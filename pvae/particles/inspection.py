@@ -56,7 +56,7 @@ def inspect(
             raise
         check_latent_supports(model_trace, guide_trace)
         layout = _find_layout(model_trace, guide_trace, batch, data_plate, vectorize=vectorize)
-        check_supports(model_trace)
+        check_supports(model_trace, prior_trace)
         check_vectorized(model, guide, batch, layout)
     return layout
 
