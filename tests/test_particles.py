@@ -1224,6 +1224,13 @@ def test_rows_off_the_simplex_are_refused_by_row(rows):
         pvae.draw(model, guide, torch.zeros(4))
 
 
+def test_a_model_with_rows_of_its_own_is_not_trained_on_shuffled_ones():
+    total = torch.arange(1.0, 8.0)
+    model = pyro.condition(lambda total: trials(total, None), {"k": total})
+    with pytest.raises(ProgramError, match="site 'k' observes the same rows whatever the batch is"):
+        pvae.fit(model, TrialsGuide(), total, epochs=1, engine="eager", progress=False)
+
+
 @pytest.mark.parametrize("look", [lambda m, x: pvae.draw(m, plain_guide, x), pvae.guides.auto])
 def test_data_that_no_density_takes_are_refused(x, look):
     def model(batch):

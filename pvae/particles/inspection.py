@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pvae.errors import ProgramError
-from pvae.particles.batches import observed_keys
+from pvae.particles.batches import observed_keys, tensors_of
 from pvae.particles.checks import (
     check_latent_supports,
     check_shapes,
@@ -25,7 +28,7 @@ from pvae.particles.traces import (
 )
 from pvae.particles.types import Batch, Layout, Program
 
-__all__ = ["inspect"]
+__all__ = ["check_follows", "inspect"]
 
 
 def inspect(
@@ -59,6 +62,37 @@ def inspect(
         check_supports(model_trace, prior_trace)
         check_vectorized(model, guide, batch, layout)
     return layout
+
+
+def check_follows(model: Program, batch: Batch, other: Batch, layout: Layout) -> None:
+    """Refuse a model that observes data of its own: shuffled rows would meet those of others.
+
+    Args:
+        model: The generative program.
+        batch: B data.
+        other: The same in another order.
+        layout: That of the pair.
+
+    Raises:
+        ProgramError: A site in the data plate observes the same rows on both.
+    """
+    pairs = zip(tensors_of(batch), tensors_of(other), strict=True)
+    if all(torch.equal(one, two) for one, two in pairs):
+        return
+    with quiet(batch):
+        nodes, others = (observed_nodes(attempt("model", model, each)) for each in (batch, other))
+    for name, node in nodes.items():
+        values = node["value"], others[name]["value"] if name in others else None
+        dim = layout.data_dim - node["fn"].event_dim
+        if name in layout.outside or not all(isinstance(value, Tensor) for value in values):
+            continue
+        if values[0].dim() < -dim or not torch.equal(*values):
+            continue
+        if bool((values[0] != values[0].roll(1, dim)).any()):
+            raise ProgramError(
+                f"site {name!r} observes the same rows whatever the batch is, so that shuffled data "
+                "would meet the latents of others: let it observe what the model is called with"
+            )
 
 
 def _find_layout(
