@@ -1179,7 +1179,7 @@ class TrialsGuide(torch.nn.Module):
         super().__init__()
         self.loc = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, total, successes):
+    def forward(self, total, successes=None):
         with pyro.plate("data", len(total), dim=-1):
             pyro.sample("z", dist.Normal(self.loc, 1.0))
 

@@ -90,7 +90,7 @@ def check_follows(model: Program, batch: Batch, other: Batch, layout: Layout) ->
             continue
         if bool((values[0] != values[0].roll(1, dim)).any()):
             raise ProgramError(
-                f"site {name!r} observes the same rows whatever the batch is, so that shuffled data "
+                f"site {name!r} observes the same rows whatever the batch is, so shuffled data "
                 "would meet the latents of others: let it observe what the model is called with"
             )
 
