@@ -82,7 +82,7 @@ def check_follows(model: Program, batch: Batch, other: Batch, layout: Layout) ->
     with quiet(batch):
         nodes, others = (observed_nodes(attempt("model", model, each)) for each in (batch, other))
     for name, node in nodes.items():
-        values = node["value"], others[name]["value"] if name in others else None
+        values: list[Any] = [node["value"], others[name]["value"] if name in others else None]
         dim = layout.data_dim - node["fn"].event_dim
         if name in layout.outside or not all(isinstance(value, Tensor) for value in values):
             continue

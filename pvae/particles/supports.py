@@ -130,8 +130,9 @@ def check_support(
     Raises:
         DataError: names the site, the first offending row and value, and what would help.
     """
-    value = torch.atleast_1d(value)
-    inside = torch.atleast_1d(support.check(value))
+    value = value if value.dim() else value[None]
+    inside = support.check(value)
+    inside = inside if inside.dim() else inside[None]
     if bool(inside.all()):
         return
     row = int((~inside).nonzero()[0][0])
