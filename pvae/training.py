@@ -36,6 +36,7 @@ from pvae.objectives import Objective, PyroObjective, as_objective
 from pvae.particles import (
     Layout,
     arguments,
+    check_follows,
     check_support,
     module_of,
     named_tensors,
@@ -196,6 +197,9 @@ def fit(
                 raise DataError(f"valid: {error}") from None
         weights = parameters(model, guide, example)
         with evaluation(model, guide, seed=seed, device=where):
+            if layout is not None:
+                turned = torch.arange(num_rows(example), device=where).roll(1)
+                check_follows(model, example, take(example, turned), layout)
             _check_rows(model, guide, data, total % batch_size, where, preprocess)
             if held_out is not None:
                 _check_rows(model, guide, held_out, num_rows(held_out) % EVALUATION_BATCH, where)

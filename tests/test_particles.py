@@ -731,6 +731,36 @@ def test_factor_outside_the_data_plate_counts_once(x, loss):
     assert with_factor == pytest.approx(loss(plain_model, plain_guide, x).item() + 3)
 
 
+def rows_without_a_plate(x):
+    plain_model(x)
+    pyro.factor("bonus", -x.square().sum(-1))
+
+
+def test_factor_for_each_datum_counts_for_a_single_row(x):
+    two, one = (pvae.draw(rows_without_a_plate, plain_guide, x[:n], 3) for n in (2, 1))
+    assert torch.equal(one.log_p["bonus"], two.log_p["bonus"][:, :1])
+
+
+def test_factor_for_each_datum_counts_in_a_last_block_of_one_row(x):
+    rows, both = x[:3], []
+    for model in (plain_model, rows_without_a_plate):
+        found = pvae.evidence.importance(model, plain_guide, rows, num_particles=4, max_pairs=2)
+        both.append(found.log_evidence)
+    torch.testing.assert_close(both[1] - both[0], -rows.square().sum(-1).double())
+
+
+@pytest.mark.parametrize("anchors", [1, 2, 5])
+def test_data_that_belong_to_no_datum_count_once(x, anchors):
+    def model(x):
+        with pyro.plate("anchors", anchors, dim=-1):
+            pyro.sample("anchor", dist.Normal(x.new_zeros(()), 1.0), obs=x.new_ones(anchors))
+        plain_model(x)
+
+    ours = our_loss(model, plain_guide, x[:5], num_particles=4)
+    theirs = trace_elbo(model, plain_guide, x[:5], num_particles=4, max_plate_nesting=1)
+    assert ours == pytest.approx(theirs, abs=IDENTITY)
+
+
 def test_deterministic_sites_are_no_sites(x):
     def model(x):
         pyro.deterministic("shared", x.new_ones(3))
@@ -1136,6 +1166,80 @@ def test_batch_without_tensors_is_refused():
 
     with pytest.raises(ProgramError, match="at least one tensor"):
         pvae.draw(model, guide, ())
+
+
+def trials(total, successes):
+    with pyro.plate("data", len(total), dim=-1):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("k", dist.Binomial(total, logits=z), obs=successes)
+
+
+class TrialsGuide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, total, successes=None):
+        with pyro.plate("data", len(total), dim=-1):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+def test_bounds_of_each_row_are_asked_of_that_row_alone():
+    total = torch.arange(1.0, 8.0)
+    options = {"epochs": 1, "batch_size": 3, "engine": "eager", "progress": False}
+    pvae.fit(trials, TrialsGuide(), (total, total), **options)
+    with pytest.raises(DataError, match="bounds of each row's own, row 1 of the data has 3"):
+        pvae.fit(trials, TrialsGuide(), (total, total.clone().index_fill(0, torch.tensor(1), 3)))
+
+
+def test_support_that_moves_with_the_latents_may_rule_data_out():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.linspace(-2, 2, 5)
+    normal = dist.Normal(0.0, 1.0)
+    truth = ((normal.cdf(x + 1) - normal.cdf(x - 1)) / 2).log().double()
+    found = pvae.evidence.importance(model, guide, x, num_particles=4000)
+    assert ((found.log_evidence - truth).abs() < 4 * found.stderr).all()
+
+
+@pytest.mark.parametrize("rows", [torch.full((4, 3), 0.5), torch.tensor([0.5, 0.5, 0.5])])
+def test_rows_off_the_simplex_are_refused_by_row(rows):
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Dirichlet(torch.ones(3)), obs=rows)
+
+    def guide(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    with pytest.raises(DataError, match="in Simplex, row 0 of the data has a value outside it"):
+        pvae.draw(model, guide, torch.zeros(4))
+
+
+def test_a_model_with_rows_of_its_own_is_not_trained_on_shuffled_ones():
+    total = torch.arange(1.0, 8.0)
+    model = pyro.condition(lambda total: trials(total, None), {"k": total})
+    with pytest.raises(ProgramError, match="site 'k' observes the same rows whatever the batch is"):
+        pvae.fit(model, TrialsGuide(), total, epochs=1, engine="eager", progress=False)
+
+
+@pytest.mark.parametrize("look", [lambda m, x: pvae.draw(m, plain_guide, x), pvae.guides.auto])
+def test_data_that_no_density_takes_are_refused(x, look):
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            z = pyro.sample("z", normal(x.new_zeros(2)))
+            pyro.sample("x", normal(torch.cat([z, z], -1)), obs=x[:3])
+
+    with pytest.raises(ProgramError, match="site 'x' has no density at its value"):
+        look(model, x[:2])
 
 
 def test_grey_pixels_are_refused_by_row():

@@ -27,7 +27,7 @@ datum's bound and never enter a logarithm. Its modules, each importing only from
 from pvae.particles.batches import arguments, leading_size, tensors_of
 from pvae.particles.drawing import draw, glance, latent_sites
 from pvae.particles.generation import generate
-from pvae.particles.inspection import inspect
+from pvae.particles.inspection import check_follows, inspect
 from pvae.particles.ownership import module_of, named_tensors, owned, parameters
 from pvae.particles.plates import plate_scale
 from pvae.particles.programs import (
@@ -78,6 +78,7 @@ __all__ = [
     "by_program",
     "check_continuous",
     "check_dreams",
+    "check_follows",
     "check_support",
     "draw",
     "generate",

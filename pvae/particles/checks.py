@@ -7,7 +7,7 @@ from typing import Any
 from pyro.distributions import constraints
 
 from pvae.errors import ProgramError
-from pvae.particles.densities import node_log_prob
+from pvae.particles.densities import attempted_log_prob
 from pvae.particles.plates import count_data
 from pvae.particles.running import reason, replay, run_guide
 from pvae.particles.supports import base_family, in_words, support_of
@@ -113,9 +113,9 @@ def check_vectorized(model: Program, guide: Program, batch: Batch, layout: Layou
 
 def _check_terms(role: str, trace: Any, layout: Layout, num_particles: int, rows: int) -> None:
     for name, node in random_nodes(trace).items():
-        if name in layout.globals:
+        if name in layout.outside:
             continue
-        shape = tuple(node_log_prob(node).shape)
+        shape = tuple(attempted_log_prob(role, node).shape)
         excess = len(shape) + layout.particle_dim
         at_data = shape[layout.data_dim] if len(shape) >= -layout.data_dim else 1
         if excess > 0 or at_data not in (1, rows):

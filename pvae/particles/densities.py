@@ -10,11 +10,13 @@ from torch import Tensor
 
 from pvae.errors import ProgramError
 from pvae.particles.plates import count_data, inner_scale
+from pvae.particles.running import reason
 from pvae.particles.supports import support_of, values_inside
-from pvae.particles.traces import masks_of, plate_frames, random_nodes
+from pvae.particles.traces import masks_of, random_nodes
 from pvae.particles.types import Batch, Layout, sum_terms
 
 __all__ = [
+    "attempted_log_prob",
     "local_terms",
     "log_density",
     "masked",
@@ -30,6 +32,18 @@ def node_log_prob(node: Any, value: Tensor | None = None) -> Tensor:
     value = _filled(node) if value is None else value
     log_prob: Tensor = node["fn"].log_prob(value, *node["args"], **node["kwargs"])
     return masked(log_prob, node["mask"])
+
+
+def attempted_log_prob(role: str, node: Any) -> Tensor:
+    """:func:`node_log_prob`; whatever fails in it is a ``ProgramError``."""
+    try:
+        return node_log_prob(node)
+    except Exception as error:
+        raise ProgramError(
+            f"{role} site {node['name']!r} has no density at its value ({reason(error)}): give it "
+            "a value of its own rows and support, or validate_args=False where a draw may rule the "
+            "data out"
+        ) from error
 
 
 def masked(log_prob: Tensor, mask: Any, event_dim: int = 0) -> Tensor:
@@ -65,14 +79,6 @@ def sum_inner_plates(log_prob: Tensor, layout: Layout, num_particles: int, num_d
     return summed.expand(num_particles, num_data)
 
 
-def _is_local(name: str, node: Any, log_prob: Tensor, layout: Layout, num_data: int) -> bool:
-    if name in layout.event_dims:  # drawn by the guide: told once, where a row was no broadcast
-        return name not in layout.globals
-    if any(frame.dim == layout.data_dim for frame in plate_frames(node)):
-        return True
-    return log_prob.dim() >= -layout.data_dim and log_prob.shape[layout.data_dim] == num_data > 1
-
-
 def node_term(
     name: str,
     node: Any,
@@ -83,7 +89,7 @@ def node_term(
 ) -> Tensor:
     """A site's log density: ``(K, B)`` inside the data plate, ``(K,)`` outside."""
     log_prob = node_log_prob(node, value)
-    if _is_local(name, node, log_prob, layout, num_data):
+    if name not in layout.outside:
         return sum_inner_plates(log_prob, layout, num_particles, num_data)
     at_particles = log_prob.dim() == -layout.particle_dim
     return (log_prob.flatten(1).sum(1) if at_particles else log_prob.sum()).expand(num_particles)
@@ -110,7 +116,7 @@ def log_density(trace: Any, layout: Layout, num_particles: int, batch: Batch) ->
         ProgramError: A plate within a datum picks a part of it.
     """
     for name, node in random_nodes(trace).items():
-        if name not in layout.globals and inner_scale(node, layout) != 1:
+        if name not in layout.outside and inner_scale(node, layout) != 1:
             raise ProgramError(
                 f"site {name!r} is in a plate that picks a part of each datum, so its density is "
                 "not that of the whole datum: let the plate span all of it"

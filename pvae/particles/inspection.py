@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pvae.errors import ProgramError
-from pvae.particles.batches import observed_keys
+from pvae.particles.batches import observed_keys, tensors_of
 from pvae.particles.checks import (
     check_latent_supports,
     check_shapes,
     check_sites,
     check_vectorized,
 )
+from pvae.particles.densities import node_log_prob
 from pvae.particles.plates import find_data_plates
 from pvae.particles.running import attempt, given, quiet
 from pvae.particles.supports import base_family, check_supports, observed_supports
@@ -24,7 +28,7 @@ from pvae.particles.traces import (
 )
 from pvae.particles.types import Batch, Layout, Program
 
-__all__ = ["inspect"]
+__all__ = ["check_follows", "inspect"]
 
 
 def inspect(
@@ -55,9 +59,40 @@ def inspect(
             raise
         check_latent_supports(model_trace, guide_trace)
         layout = _find_layout(model_trace, guide_trace, batch, data_plate, vectorize=vectorize)
-        check_supports(model_trace)
+        check_supports(model_trace, prior_trace)
         check_vectorized(model, guide, batch, layout)
     return layout
+
+
+def check_follows(model: Program, batch: Batch, other: Batch, layout: Layout) -> None:
+    """Refuse a model that observes data of its own: shuffled rows would meet those of others.
+
+    Args:
+        model: The generative program.
+        batch: B data.
+        other: The same in another order.
+        layout: That of the pair.
+
+    Raises:
+        ProgramError: A site in the data plate observes the same rows on both.
+    """
+    pairs = zip(tensors_of(batch), tensors_of(other), strict=True)
+    if all(torch.equal(one, two) for one, two in pairs):
+        return
+    with quiet(batch):
+        nodes, others = (observed_nodes(attempt("model", model, each)) for each in (batch, other))
+    for name, node in nodes.items():
+        values: list[Any] = [node["value"], others[name]["value"] if name in others else None]
+        dim = layout.data_dim - node["fn"].event_dim
+        if name in layout.outside or not all(isinstance(value, Tensor) for value in values):
+            continue
+        if values[0].dim() < -dim or not torch.equal(*values):
+            continue
+        if bool((values[0] != values[0].roll(1, dim)).any()):
+            raise ProgramError(
+                f"site {name!r} observes the same rows whatever the batch is, so shuffled data "
+                "would meet the latents of others: let it observe what the model is called with"
+            )
 
 
 def _find_layout(
@@ -92,6 +127,7 @@ def _find_layout(
         if not node["fn"].has_rsample
     }
     observed = observed_nodes(model_trace)
+    apart = [n for n, node in observed.items() if not _by_row(node, data_dim, data_plates, rows)]
     return Layout(
         particle_dim=-1 - depth,
         data_dim=data_dim,
@@ -99,6 +135,7 @@ def _find_layout(
         latents=tuple(local),
         globals=tuple(shared),
         observed=tuple(observed),
+        outside=frozenset([*shared, *apart]),
         entries=observed_keys(observed, batch),
         score_sites=score_sites,
         supports=observed_supports(observed, batch),
@@ -106,6 +143,14 @@ def _find_layout(
         vectorize=vectorize,
         event_dims={n: node["fn"].event_dim for n, node in guide_sites.items()},
     )
+
+
+def _by_row(node: Any, data_dim: int, data_plates: frozenset[str], rows: int) -> bool:
+    """Whether an observed site is in the data plate, or has its rows without saying so."""
+    at_data = [frame.name for frame in plate_frames(node) if frame.dim == data_dim]
+    if at_data:
+        return at_data[0] in data_plates
+    return _has_rows(node_log_prob(node).shape, data_dim, rows)
 
 
 def _has_rows(batch_shape: Any, data_dim: int, rows: int) -> bool:

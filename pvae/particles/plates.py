@@ -40,8 +40,8 @@ def find_data_plates(
             f"the model has two data plates, {either}, each as long as the batch: call one of them "
             '"data" or pass data_plate='
         )
-    data_dim = int(next(iter(found)))
-    return data_dim, frozenset(frame.name for frame in frames if frame.dim == data_dim)
+    data_dim, size = int(next(iter(found))), next(iter(found.values())).size
+    return data_dim, frozenset(f.name for f in frames if f.dim == data_dim and f.size == size)
 
 
 def count_data(trace: Any, layout: Layout, batch: Batch) -> int:
@@ -49,7 +49,7 @@ def count_data(trace: Any, layout: Layout, batch: Batch) -> int:
     sites = random_nodes(trace)
     for name, node in sites.items():
         for frame in plate_frames(node):
-            if frame.dim == layout.data_dim and name not in layout.globals:
+            if frame.dim == layout.data_dim and name not in layout.outside:
                 return int(frame.size)
     for name in layout.latents:  # of a guide without plates
         if name in sites:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvae.errors import ProgramError
 from pvae.particles.batches import arguments
-from pvae.particles.densities import node_log_prob
+from pvae.particles.densities import attempted_log_prob
 from pvae.particles.plates import find_data_plates
 from pvae.particles.running import attempt, given, quiet
 from pvae.particles.supports import check_supports
@@ -102,7 +102,7 @@ def read_model(
             raise
         data_dim, data_plates = find_data_plates(trace, batch, None)
         if values is None:
-            check_supports(trace)
+            check_supports(trace, attempt("model", model, batch))
         sites = {name: _model_site(node) for name, node in random_nodes(trace).items()}
     return sites, data_dim, data_plates
 
@@ -116,7 +116,7 @@ def _model_site(node: Any) -> ModelSite:
         plates=tuple(node["cond_indep_stack"]),
         enumerate=found if isinstance(found, str) else None,
         mask=node["mask"] if isinstance(node["mask"], Tensor) else None,
-        log_prob=node_log_prob(node),
+        log_prob=attempted_log_prob("model", node),
     )
 
 

@@ -52,13 +52,15 @@ def in_words(support: Any) -> str:
     """A support as a message names it."""
     unit = unit_support(support)
     words = str(unit).removesuffix("()")
+    if any(bool((end != end.flatten()[0]).any()) for end in _bounds(unit)):
+        return f"{type(unit).__name__.lstrip('_')} with bounds of each row's own"
     low = getattr(unit, "lower_bound", None)
     if type(unit).__name__ == "_IntegerGreaterThan" and not isinstance(low, Tensor):
         return f"the whole numbers from {low}"
     high = getattr(unit, "upper_bound", None)
     if type(unit).__name__ == "_IntegerInterval" and not isinstance(low, Tensor):
         return f"the whole numbers from {low} to {high}"
-    return words if len(words) < 60 else type(unit).__name__  # bounds that differ between data
+    return words if len(words) < 60 else type(unit).__name__.lstrip("_")
 
 
 def values_inside(support: Any, value: Tensor) -> Tensor:
@@ -83,21 +85,41 @@ def _checkable_support(node: Any) -> Any:
 
 
 def observed_supports(observed: Mapping[str, Any], batch: Batch) -> dict[str, tuple[Any, Any]]:
-    """Observed site -> (key, support) where its value is a tensor of the batch itself."""
+    """Observed site -> (key, support) where its value is a tensor of the batch itself.
+
+    A support whose bounds are tensors is that of these rows alone, and left out.
+    """
     return {
         name: (key, support)
         for name, node in observed.items()
         for key, value in entries_of(batch)
-        if node["value"] is value and (support := _checkable_support(node)) is not None
+        if node["value"] is value
+        and (support := _checkable_support(node)) is not None
+        and not _bounds(support)
     }
 
 
-def check_supports(model_trace: Any) -> None:
-    """Refuse observed data outside their likelihood's support, see :func:`check_support`."""
+def _bounds(support: Any) -> list[Tensor]:
+    """Those of a support's bounds that are tensors."""
+    unit = unit_support(support)
+    ends = (getattr(unit, name, None) for name in ("lower_bound", "upper_bound"))
+    return [end for end in ends if isinstance(end, Tensor)]
+
+
+def check_supports(model_trace: Any, other_trace: Any) -> None:
+    """Refuse observed data outside their likelihood's support, see :func:`check_support`.
+
+    A support that differs at the latents of another trace is let be: some draws rule the data out.
+    """
     for name, node in random_nodes(model_trace).items():
         support = _checkable_support(node) if node["is_observed"] else None
-        if support is not None:
+        if support is not None and _stays(support, support_of(other_trace.nodes[name]["fn"])):
             check_support(name, support, torch.as_tensor(node["value"]), base_family(node["fn"]))
+
+
+def _stays(support: Any, other: Any) -> bool:
+    pairs = zip(_bounds(support), _bounds(other), strict=True)
+    return all(torch.equal(end, other_end) for end, other_end in pairs)
 
 
 def check_support(
@@ -108,13 +130,15 @@ def check_support(
     Raises:
         DataError: names the site, the first offending row and value, and what would help.
     """
+    value = value if value.dim() else value[None]
     inside = support.check(value)
+    inside = inside if inside.dim() else inside[None]
     if bool(inside.all()):
         return
     row = int((~inside).nonzero()[0][0])
-    cells = value[row].reshape(-1)
     unit = unit_support(support)
-    outside = cells[~unit.check(cells).reshape(-1)] if cells.numel() else cells
+    single = unit.check(value)
+    outside = value[row][~single[row]] if single.shape == value.shape else value.new_empty(0)
     worst = f"{float(outside[0]):g}" if outside.numel() else "a value outside it"
     likelihood = f"the {type(family).__name__} likelihood of " if family is not None else ""
     hint = ": transform the data or change the likelihood"

@@ -170,6 +170,7 @@ class Layout:
         latents: Latent sites inside the data plate, in the model's order.
         globals: Latent sites outside it, and sites of the guide's own there (a joint autoguide's).
         observed: Observed sites.
+        outside: The globals, and observed sites (a penalty, say) that have no row for each datum.
         entries: Observed site -> key of the batch's tensor that it observes, where it is one.
         score_sites: Guide sites without a pathwise derivative (discrete ones), name -> family.
         supports: Observed site -> (key of the batch's tensor, support), where the site's value is
@@ -185,6 +186,7 @@ class Layout:
     latents: tuple[str, ...]
     globals: tuple[str, ...]
     observed: tuple[str, ...]
+    outside: frozenset[str]
     entries: Mapping[str, Any]
     score_sites: Mapping[str, str]
     supports: Mapping[str, tuple[Any, Any]]
