@@ -38,7 +38,7 @@ def find_data_plates(
         either = " and ".join(f"{f.name!r} (dim {f.dim})" for f in found.values())
         raise ProgramError(
             f"the model has two data plates, {either}, each as long as the batch: call one of them "
-            '"data" or pass data_plate='
+            '"data" or pass data_plate= (fit has it of its objective: pvae.vae(data_plate=...))'
         )
     data_dim, size = int(next(iter(found))), next(iter(found.values())).size
     return data_dim, frozenset(f.name for f in frames if f.dim == data_dim and f.size == size)
