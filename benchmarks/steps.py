@@ -114,7 +114,9 @@ def pair(case: tuple[Any, ...]) -> tuple[VAE, Gaussian]:
     return model, Gaussian(x_dim, model.latents, hidden=hidden, activation="tanh")
 
 
-def pvae_step(case: tuple[Any, ...], data: Tensor, engine: str) -> Callable[[], None]:
+def pvae_step(
+    case: tuple[Any, ...], data: Tensor, engine: str, precision: str = "full"
+) -> Callable[[], None]:
     batch, particles = case[3], case[4]
     model, guide = pair(case)
     objective = pvae.vae() if particles == 1 else pvae.iwae(particles)
@@ -122,8 +124,9 @@ def pvae_step(case: tuple[Any, ...], data: Tensor, engine: str) -> Callable[[], 
     weights = parameters(model, guide, data[:batch])
     optimizer = build_optimizer("adam", list(weights.values()), lr=1e-3)
     problem = Problem(
-        model, guide, objective, optimizer, weights, layout, data, data.device, 0, len(data)
-    )
+        model, guide, objective, optimizer, weights, layout, data, data.device, 0, len(data),
+        precision=precision,
+    )  # fmt: skip
     index = torch.arange(batch)
     step: Any = Eager(problem)
     if engine != "eager":
@@ -213,6 +216,7 @@ def main() -> None:
             "pvae eager": pvae_step(case, data, "eager"),
             "pvae staged": pvae_step(case, data, "staged"),
             "pvae compiled": pvae_step(case, data, "compiled"),
+            "pvae compiled, bfloat16": pvae_step(case, data, "compiled", "bfloat16"),
         }
         times = measure(rivals, options.rounds)
         medians = {name: statistics.median(values) for name, values in times.items()}
