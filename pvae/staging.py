@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["COMPILING_PAYS", "ENGINES", "STAGING_PAYS", "StagingError", "capture", "hold", "lower"]
+__all__ = ["COMPILING_PAYS", "ENGINES", "STAGING_PAYS", "StagingError", "capture", "lower"]
 
 ENGINES = ("auto", "compiled", "cudagraph", "eager", "staged")
 STAGING_PAYS = 2.0  # seconds of eager work ahead, above which tracing once is worth it
@@ -56,13 +56,6 @@ def capture(function: Callable[..., Any], *examples: Any, flat: bool = False) ->
         graph.graph.set_codegen(torch.fx.graph.CodeGen())
     graph.recompile()
     return graph
-
-
-def hold(x: torch.Tensor) -> torch.Tensor:
-    """``x``; where it is compiled, computed once and stored, not once for each of its uses."""
-    from pvae import rewrites
-
-    return rewrites.hold(x)
 
 
 def lower(graph: Any, inputs: list[torch.Tensor]) -> Callable[..., Any]:

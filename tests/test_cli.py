@@ -20,6 +20,7 @@ from pvae import catalogue, runs
 from pvae.checkpoints import load_tensors
 from pvae.cli import main
 from pvae.errors import ObjectiveError, OptionError
+from pvae.evidence import escalation
 from pvae.models.vae import VAE
 
 TINY = ["--model.hidden", "[8]", "--guide.hidden", "[8]", "--model.z_dim", "2"]
@@ -288,6 +289,28 @@ def test_evaluation_with_the_exact_posterior_is_exact(capsys: pytest.CaptureFixt
     assert report["num_particles"] == 2
     assert report["log_evidence"] == pytest.approx(report["exact_log_evidence"], abs=1e-4)
     assert "model.log_evidence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("particles", "rows"), [(1, 20), (300, 49)])
+def test_the_curve_is_no_more_work_than_the_estimate(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, particles: int, rows: int
+) -> None:
+    """Where that leaves at least 20 of the 360 rows."""
+    measured, draw, drawn = pvae.evidence.measured_curve, escalation.draw, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(len(args[2]) * args[3])
+        return draw(*args, **kwargs)
+
+    asked: list[int] = []
+    monkeypatch.setattr(escalation, "draw", counted)
+    monkeypatch.setattr(
+        pvae.evidence, "measured_curve",
+        lambda *pair, seed: asked.append(len(pair[2])) or measured(*pair, seed=seed),
+    )  # fmt: skip
+    assert main(["evaluate", str(trained), "--num-particles", str(particles)]) == 0
+    assert asked == [rows]
+    assert sum(drawn) == rows * pvae.evidence.curve_cost()
 
 
 def test_sample_is_on_the_original_scale(trained: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 _BLOCK = 1024  # rows scored at once where the density is exact
-_CURVE_DRAWS = 2176  # of evidence.measured_curve for each datum, at its default sizes
+_FEWEST = 20  # rows of the curve, however few particles there are
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -156,8 +156,8 @@ def _estimate(
             )
     if not leads(group):
         return found.shifted(split.log_det), None
-    rows = max(20, len(split) * found.num_particles // _CURVE_DRAWS)  # no more work than the rest
-    first = take(batch, torch.arange(min(200, rows, len(split))))
+    as_costly = len(split) * found.num_particles // evidence.curve_cost()  # as the estimate itself
+    first = take(batch, torch.arange(min(200, max(_FEWEST, as_costly), len(split))))
     curve = evidence.measured_curve(run.model, run.guide, first, seed=seed)
     return found.shifted(split.log_det), curve
 

@@ -19,7 +19,6 @@ from pvae.seeds import seed_noise
 from pvae.staging import (
     StagingError,
     capture,
-    hold,
     lower,
 )
 
@@ -120,6 +119,8 @@ class Staged:
             pairs = zip(self.tensors, gradients, strict=True)
             self.used = [tensor for tensor, gradient in pairs if gradient is not None]
             return (found, *[g for g in gradients if g is not None])
+        from pvae.rewrites import hold  # imports the compiler
+
         with torch.no_grad():
             self.update(self.tensors, gradients, hold(healthy), self.scalars)
         return (found,)

@@ -24,6 +24,7 @@ __all__ = [
     "Curve",
     "Rung",
     "auto",
+    "curve_cost",
     "escalation_report",
     "log_evidence_curve",
     "measured_curve",
@@ -36,6 +37,7 @@ Estimate = Callable[..., Evidence]
 
 _UNMET = "; tolerance not met"
 _NOISE = 4.5  # standard errors of a paired difference that chance may explain
+_CURVE_SIZES, _CURVE_DRAWS = (1, 4, 16, 64, 256), 512
 _STREAM = 104 * 10**7  # apart from that of data simulated with the same small seed
 _MAX_PAIRS = {"cpu": 2**11}  # particle rows that a program makes at once, or all k of one datum
 
@@ -272,13 +274,22 @@ def log_evidence_curve(
     return _curve(sizes, groups, differences)
 
 
+def _num_runs(size: int, num_draws: int) -> int:
+    return max(2, min(128, num_draws // size))
+
+
+def curve_cost() -> int:
+    """Draws per datum that :func:`measured_curve` takes at its default sizes."""
+    return sum(size * _num_runs(size, _CURVE_DRAWS) for size in _CURVE_SIZES)
+
+
 def measured_curve(
     model: Any,
     guide: Any,
     x: Any,
     *,
-    sizes: Sequence[int] = (1, 4, 16, 64, 256),
-    num_draws: int = 512,
+    sizes: Sequence[int] = _CURVE_SIZES,
+    num_draws: int = _CURVE_DRAWS,
     seed: int = 0,
 ) -> Curve:
     """``L_k`` of a pair, every k on fresh draws and by a run of the programs with k particles.
@@ -310,7 +321,7 @@ def measured_curve(
             # All k of a datum in one run: cut up, a program that mixes them would pass.
             block = max(1, min(total, _MAX_PAIRS.get(device.type, 2**16) // size))
             runs = []
-            for _ in range(max(2, min(128, num_draws // size))):
+            for _ in range(_num_runs(size, num_draws)):
                 parts = []
                 for start in range(0, total, block):
                     index = torch.arange(start, min(start + block, total), device=device)

@@ -15,7 +15,7 @@ from pvae.particles.checks import (
     check_sites,
     check_vectorized,
 )
-from pvae.particles.densities import node_log_prob
+from pvae.particles.densities import attempted_log_prob
 from pvae.particles.plates import find_data_plates
 from pvae.particles.running import attempt, given, quiet
 from pvae.particles.supports import base_family, check_supports, observed_supports
@@ -150,7 +150,7 @@ def _by_row(node: Any, data_dim: int, data_plates: frozenset[str], rows: int) ->
     at_data = [frame.name for frame in plate_frames(node) if frame.dim == data_dim]
     if at_data:
         return at_data[0] in data_plates
-    return _has_rows(node_log_prob(node).shape, data_dim, rows)
+    return _has_rows(attempted_log_prob("model", node).shape, data_dim, rows)
 
 
 def _has_rows(batch_shape: Any, data_dim: int, rows: int) -> bool:
