@@ -92,7 +92,7 @@ def _compile(graph: Any, inputs: list[torch.Tensor], *, cpp_wrapper: bool) -> Ca
 
         options = {
             "cpp.enable_floating_point_contract_flag": "fast", "cpp_wrapper": cpp_wrapper,
-            "fallback_random": True,
+            "fallback_random": True, "post_grad_custom_pre_pass": rewrites.Key(),
         }  # fmt: skip
         # Inductor looks into its cache only where shapes are tracked, fixed as they are here.
         shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))

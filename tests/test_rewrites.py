@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 
 import pytest
 import torch
@@ -84,6 +85,48 @@ def test_the_compilers_cache_is_used():
     lower(capture(lambda x: (torch.tanh(x),), x, flat=True), [x])
     assert not counters["inductor"]["fxgraph_cache_bypass"]
     assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"]
+
+
+def test_the_cache_forgets_code_of_other_rewrites(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    from pvae import rewrites
+
+    def misses():
+        counters.clear()
+        lower(capture(lambda x: (torch.tanh(x) + 1,), x, flat=True), [x])
+        return counters["inductor"]["fxgraph_cache_miss"]
+
+    x = torch.ones(3)
+    misses()
+    assert misses() == 0
+    monkeypatch.setattr(rewrites.Key, "uuid", lambda self: str(time.time_ns()))
+    assert misses() == 1
+
+
+def test_large_products_are_those_of_one_dnn(monkeypatch):
+    """Forward, towards the inputs and towards the weights; of a piece of a matrix; of small ones."""
+    from torch._inductor.utils import run_and_get_code
+
+    from pvae import rewrites
+
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+
+    def products(x, weight, gradient):
+        whole = (x @ weight.t(), gradient @ weight, gradient.t() @ x)
+        return *whole, gradient[:, 1:] @ weight[1:], x[:7] @ weight.t()
+
+    torch.manual_seed(0)
+    x, weight, gradient = torch.randn(600, 128), torch.randn(160, 128), torch.randn(600, 160)
+    graph = capture(products, x, weight, gradient, flat=True)
+    # Code that is in the cache already is not shown.
+    monkeypatch.setattr(rewrites.Key, "uuid", lambda self: str(time.time_ns()))
+    run, code = run_and_get_code(lambda: lower(graph, [x, weight, gradient]))
+    assert "".join(code).count("cpu__linear_pointwise(") == 2
+    exact = products(x.double(), weight.double(), gradient.double())
+    for found, truth in zip(run(x, weight, gradient), exact, strict=True):
+        assert torch.allclose(found.double(), truth, atol=1e-4)
 
 
 def test_double_precision_is_exact():
