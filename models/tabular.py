@@ -38,6 +38,7 @@ class Tabular(nn.Module):
         hidden: Width of each hidden layer of the decoder.
         activation: Its non-linearity.
         robust: Student-t instead of Gaussian real columns, whose tails are learned.
+        skip: Add a linear map of z to the decoder's outputs: factor analysis is then within it.
         x_mean: Mean of each column, where its family begins; of the observed cells.
         x_scale: Standard deviation of each.
 
@@ -61,6 +62,7 @@ class Tabular(nn.Module):
         hidden: Sequence[int] = (128, 128),
         activation: str = "silu",
         robust: bool = False,
+        skip: bool = False,
         x_mean: Tensor | None = None,
         x_scale: Tensor | None = None,
     ) -> None:
@@ -81,7 +83,9 @@ class Tabular(nn.Module):
         self.register_buffer("x_scale", torch.ones(x_dim) if x_scale is None else x_scale.clone())
         self.register_buffer("prior_loc", torch.zeros(z_dim))
         self.sizes = {kind: self._size(kind) for kind in KINDS if kind in kinds}
-        self.decoder = MLP(z_dim, sum(self.sizes.values()), hidden, activation_name=activation)
+        outputs = sum(self.sizes.values())
+        self.decoder = MLP(z_dim, outputs, hidden, activation_name=activation)
+        self.skip = nn.Linear(z_dim, outputs, bias=False) if skip else None
         if "count" in kinds:
             self.log_dispersion = nn.Parameter(torch.zeros(kinds.count("count")))
         if robust and "real" in kinds:
@@ -109,11 +113,14 @@ class Tabular(nn.Module):
 
     def decode(self, z: Tensor) -> Any:
         """``p(x | z)`` for ``z`` of shape ``(*, z_dim)``: events of shape ``(D,)``."""
-        outputs = self.decoder(z).split(list(self.sizes.values()), -1)
+        outputs = self.decoder(z)
+        if self.skip is not None:
+            outputs = outputs + self.skip(z)
+        pieces = outputs.split(list(self.sizes.values()), -1)
         return MixedColumns(
             {
-                kind: (self._index(kind), getattr(self, f"_{kind}")(output))
-                for kind, output in zip(self.sizes, outputs, strict=True)
+                kind: (self._index(kind), getattr(self, f"_{kind}")(piece))
+                for kind, piece in zip(self.sizes, pieces, strict=True)
             }
         )
 

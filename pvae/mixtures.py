@@ -22,10 +22,16 @@ class DiagonalNormalMixture(TorchDistribution):  # type: ignore[misc]
     all have pathwise gradients, which Pyro's own MixtureOfDiagNormals has for two dimensions or
     more, by densities that underflow in many of them.
 
+    One mixture for all data (no batch dimensions) is scored by matrix products, whose memory is
+    (values, C) instead of (values, C, D): ``sum_d ((z - mu) / sigma)_d^2`` expands to ``z^2 .
+    sigma^-2 - 2 z . mu sigma^-2 + mu^2 . sigma^-2``, in double precision, for its terms cancel.
+
     Args:
         logits: Logits of the weights, ``(*, C)``.
         loc: Means, ``(*, C, D)``.
         scale: Standard deviations, ``(*, C, D)``.
+        reparameterized: Whether draws carry the derivative, which takes ``(*, C, D)`` numbers and
+            a triangular solution for each.
     """
 
     arg_constraints = {
@@ -34,13 +40,20 @@ class DiagonalNormalMixture(TorchDistribution):  # type: ignore[misc]
         "scale": constraints.independent(constraints.positive, 2),  # type: ignore[no-untyped-call]
     }
     support = constraints.real_vector
-    has_rsample = True
 
     def __init__(
-        self, logits: Tensor, loc: Tensor, scale: Tensor, *, validate_args: bool | None = None
+        self,
+        logits: Tensor,
+        loc: Tensor,
+        scale: Tensor,
+        *,
+        reparameterized: bool = True,
+        validate_args: bool | None = None,
     ) -> None:
         self.logits = logits.log_softmax(-1)
         self.loc, self.scale = loc, scale
+        self.has_rsample = reparameterized
+        self._shared = (self.logits, loc, scale) if loc.dim() == 2 else None
         super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> DiagonalNormalMixture:
@@ -52,6 +65,7 @@ class DiagonalNormalMixture(TorchDistribution):  # type: ignore[misc]
         new.logits = self.logits.expand(batch + self.logits.shape[-1:])
         new.loc = self.loc.expand(batch + self.loc.shape[-2:])
         new.scale = self.scale.expand(batch + self.scale.shape[-2:])
+        new.has_rsample, new._shared = self.has_rsample, self._shared
         super(DiagonalNormalMixture, new).__init__(batch, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -66,8 +80,11 @@ class DiagonalNormalMixture(TorchDistribution):  # type: ignore[misc]
         """Log density, nats."""
         if self._validate_args:
             self._validate_sample(value)
-        _, log_density = self._log_components(value)
-        log_prob: Tensor = (self.logits + log_density.sum(-1)).logsumexp(-1)
+        if self._shared is None:
+            joint = self.logits + self._log_components(value)[1].sum(-1)
+        else:
+            joint = _by_products(*self._shared, value)
+        log_prob: Tensor = joint.logsumexp(-1)
         return log_prob
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
@@ -117,3 +134,13 @@ class DiagonalNormalMixture(TorchDistribution):  # type: ignore[misc]
         second = self.logits.exp().unsqueeze(-1) * (self.scale.square() + self.loc.square())
         variance: Tensor = second.sum(-2) - self.mean.square()
         return variance
+
+
+def _by_products(log_weights: Tensor, loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
+    """``log pi_c + log Normal(z; mu_c, diag(sigma_c^2))`` of values ``(*, D)``: ``(*, C)``."""
+    value, loc = value.double(), loc.double()
+    precision = scale.double().pow(-2)
+    squares = value.square() @ precision.t() - 2 * value @ (loc * precision).t()
+    squares = squares + (loc.square() * precision).sum(-1)
+    constant = log_weights - scale.log().sum(-1) - 0.5 * math.log(2 * math.pi) * loc.shape[-1]
+    return constant - 0.5 * squares.to(constant.dtype)

@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 from pvae.errors import OptionError, did_you_mean
 from pvae.flows import ConditionalFlow
+from pvae.mixtures import DiagonalNormalMixture
 from pvae.von_mises_fisher import HypersphericalUniform
 
 __all__ = ["PRIORS", "Flow", "Hyperspherical", "Mixture", "Normal", "Vamp", "named"]
@@ -63,8 +64,8 @@ class Mixture(nn.Module):
 
     def forward(self) -> Any:
         """``p(z)``: events of shape ``(z_dim,)``."""
-        components = dist.Normal(self.loc, softplus(self.raw_scale) + 1e-3).to_event(1)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+        scale = softplus(self.raw_scale) + 1e-3
+        return DiagonalNormalMixture(self.logits, self.loc, scale, reparameterized=False)
 
 
 class Vamp(nn.Module):
@@ -110,8 +111,11 @@ class Vamp(nn.Module):
         """``p(z)``: events of shape ``(z_dim,)``."""
         encoder: Any = self.encoder
         (components,) = encoder.posterior(self.pseudo_inputs).values()
-        weights = dist.Categorical(logits=torch.zeros_like(self.pseudo_inputs[:, 0]))
-        return dist.MixtureSameFamily(weights, components)
+        logits = torch.zeros_like(self.pseudo_inputs[:, 0])
+        normal = getattr(components, "base_dist", None)
+        if isinstance(normal, torch.distributions.Normal) and len(components.event_shape) == 1:
+            return DiagonalNormalMixture(logits, normal.loc, normal.scale, reparameterized=False)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
 
 
 class Flow(nn.Module):

@@ -70,6 +70,45 @@ def test_mixture_density_is_that_of_torch(dim):
     assert (ours.variance - theirs.variance).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_mixture_for_all_data_is_scored_by_products(dtype):
+    """Sharp components far from zero, whose squares cancel; also as a plate widens it."""
+    torch.manual_seed(0)
+    logits, loc = torch.randn(40), 5 + torch.randn(40, 20)
+    scale = 0.01 + 0.2 * torch.rand(40, 20)
+    z = loc[:30] + scale[:30] * torch.randn(7, 30, 20)
+
+    def scored(kind, of):
+        logits_, loc_, scale_, z_ = (
+            p.to(of).detach().requires_grad_() for p in (logits, loc, scale, z)
+        )
+        if kind is DiagonalNormalMixture:
+            mixture = DiagonalNormalMixture(logits_, loc_, scale_).expand((30,))
+        else:
+            normal = dist.Normal(loc_, scale_).to_event(1)
+            mixture = kind(dist.Categorical(logits=logits_), normal)
+        value = mixture.log_prob(z_)
+        return value, torch.autograd.grad(value.sum(), (logits_, loc_, scale_, z_))
+
+    truth, slopes = scored(dist.MixtureSameFamily, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradients = scored(DiagonalNormalMixture, dtype)
+    assert found.dtype == dtype
+    bound = 1e-10 if dtype == torch.float64 else 3e-6
+    assert ((found - truth).abs() / truth.abs().clamp(min=1)).max() < bound
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert (gradient - slope).abs().max() < 30 * bound * slope.abs().max()
+
+
+def test_a_prior_draws_without_the_derivative():
+    mixture = DiagonalNormalMixture(
+        torch.zeros(3), torch.randn(3, 2, requires_grad=True), torch.ones(3, 2),
+        reparameterized=False,
+    )  # fmt: skip
+    assert not mixture.expand((5,)).has_rsample
+    assert not mixture.expand((5,))().requires_grad
+
+
 @pytest.mark.parametrize("dim", [1, 2, 4])
 def test_mixture_gradient_is_that_of_its_moments(dim):
     """``E[z_i z_j]`` and ``E[z_i]`` are known functions of weights, means and scales."""
