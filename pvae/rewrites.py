@@ -217,7 +217,8 @@ def _product(x: Any, weight: Any) -> Any:
     size = [x.get_size()[0], weight.get_size()[0]]
     layout = ir.FixedLayout(device=x.get_device(), dtype=x.get_dtype(), size=size)
     node = mkldnn_ir.LinearUnary(layout, [x, weight], (None, "none", [-1], ""))
-    return ir.TensorBox.create(mkldnn_ir._create_output_node(node))
+    created = mkldnn_ir._create_output_node(node)  # type: ignore[no-untyped-call]
+    return ir.TensorBox.create(created)
 
 
 @register_lowering(torch.ops.pvae.hold)  # type: ignore[untyped-decorator]

@@ -93,6 +93,8 @@ def _compile(graph: Any, inputs: list[torch.Tensor], *, cpp_wrapper: bool) -> Ca
         options = {
             "cpp.enable_floating_point_contract_flag": "fast", "cpp_wrapper": cpp_wrapper,
             "fallback_random": True, "post_grad_custom_pre_pass": rewrites.Key(),
+            # So that a Bernoulli log-likelihood is summed as it is computed, and not stored first.
+            "realize_opcount_threshold": 80,
         }  # fmt: skip
         # Inductor looks into its cache only where shapes are tracked, fixed as they are here.
         shapes = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))

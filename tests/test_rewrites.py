@@ -105,7 +105,7 @@ def test_the_cache_forgets_code_of_other_rewrites(monkeypatch):
 
 
 def test_large_products_are_those_of_one_dnn(monkeypatch):
-    """Forward, towards the inputs and towards the weights; of a piece of a matrix; of small ones."""
+    """Forward, towards inputs and weights; of a piece of a matrix; of few rows."""
     from torch._inductor.utils import run_and_get_code
 
     from pvae import rewrites

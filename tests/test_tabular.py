@@ -27,13 +27,13 @@ X_DIM = len(COLUMNS)
 SIGMAS = 4.5
 
 
-def table(*, robust: bool = False) -> Tabular:
+def table(*, robust: bool = False, skip: bool = False) -> Tabular:
     torch.manual_seed(0)
     moments = {
         "x_mean": torch.tensor([3.0, -1.0, 0.0, 2.0, 0.5, 0.0]),
         "x_scale": torch.tensor([2.0, 2.0, 1.0, 1.0, 0.5, 1.0]),
     }
-    options = {"columns": COLUMNS, "z_dim": 2, "hidden": (6,), "robust": robust}
+    options = {"columns": COLUMNS, "z_dim": 2, "hidden": (6,), "robust": robust, "skip": skip}
     return Tabular(X_DIM, **options, **moments).double()
 
 
@@ -51,6 +51,8 @@ def every_mask(x: Tensor) -> Tensor:
 def by_hand(model: Tabular, z: Tensor, x: Tensor) -> np.ndarray:
     """Log density of every cell, ``(B, D)``, from the decoder's output alone."""
     output = model.decoder(z).detach()
+    if model.skip is not None:
+        output = output + z @ model.skip.weight.detach().t()
     real, positive, binary, categories, count = (
         part.numpy() for part in output.split([2, 2, 1, 6, 1], -1)
     )
@@ -74,8 +76,9 @@ def by_hand(model: Tabular, z: Tensor, x: Tensor) -> np.ndarray:
     return cells
 
 
-def test_density_of_whole_rows():
-    model = table()
+@pytest.mark.parametrize("skip", [False, True])
+def test_density_of_whole_rows(skip):
+    model = table(skip=skip)
     x, z = rows(model), torch.randn(8, 2, dtype=torch.float64)
     found = model.decode(z).log_prob(x).detach().numpy()
     cells = by_hand(model, z, x)
@@ -113,7 +116,7 @@ def test_leaving_a_category_out_is_summing_over_it():
 @pytest.mark.parametrize("objective", ["vae", "iwae", "dreg", "stl"])
 def test_gradients_are_finite_under_every_mask(robust, objective):
     """All 64 masks of a row at once, and every column missing from the whole batch in turn."""
-    model = table(robust=robust)
+    model = table(robust=robust, skip=robust)
     guide = Masked(X_DIM, model.latents, hidden=(6,)).double()
     goal = getattr(pvae, objective)(num_particles=2)
     whole = every_mask(rows(model))
