@@ -1,6 +1,5 @@
 """Missing cells imputed on scikit-learn's tables: errors beside column means and other methods.
 
-    OMP_NUM_THREADS=1 python benchmarks/imputation.py --data wine diabetes --missing 0.1 0.3 0.5
     OMP_NUM_THREADS=1 python benchmarks/imputation.py --first-seed 100 --seeds 8
 
 Cells are removed completely at random, in the training rows too. Every method learns from the
