@@ -210,6 +210,8 @@ def _is_alone() -> bool:
 
 def _leave() -> None:
     with contextlib.suppress(Exception):
+        for group in _joined:
+            group._pulse.leave()
         _joined.clear()
         dist.destroy_process_group()
 
@@ -237,15 +239,21 @@ class _Pulse:
         self.lock = threading.Lock()
         self.store = _own_connection()
         self.store.add(self._key("beat", rank), 1)
-        threading.Thread(target=self._beat, name="pvae pulse", daemon=True).start()
+        self.left = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="pvae pulse", daemon=True)
+        self.thread.start()
+
+    def leave(self) -> None:
+        """Stop counting: a thread within the store's C++ while Python ends would abort it."""
+        self.left.set()
+        self.thread.join(timeout=5)
 
     def _key(self, what: str, rank: int) -> str:
         return f"pvae/{self.name}/{what}/{rank}"
 
     def _beat(self) -> None:
         before = time.monotonic()
-        while not self.gone and dist.is_initialized():
-            time.sleep(_BEAT)
+        while not (self.gone or self.left.wait(_BEAT)) and dist.is_initialized():
             now = time.monotonic()
             if now - before > _SILENT:  # this process slept: the others are not to blame
                 self.seen = [now] * self.size
