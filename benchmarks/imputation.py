@@ -7,9 +7,9 @@ incomplete training rows (80 %) and imputes the missing cells of the others. Rep
 mean squared error of real columns in units of their standard deviation (NRMSE) and the error rate
 of the columns that are names, each the mean over seeds of split, mask and model +- its standard
 error; last, what NRMSE a method has above ``gmm``, seed by seed. ``gmm`` is the conditional mean of
-a Gaussian mixture fitted to mean-imputed rows, its size chosen by held-out rows; ``gmm-all`` of one
-that has seen the training rows whole, which no other method has; ``iterative`` is scikit-learn's
-IterativeImputer. To both a name is a number, rounded.
+a Gaussian mixture fitted to mean-imputed rows, its size chosen by held-out rows before; ``gmm-all``
+of one that has seen the training rows whole, which no other method has; ``iterative`` is
+scikit-learn's IterativeImputer. To both a name is a number, rounded.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def vae(
     """MIWAE's bound on all rows; at each step as large a share of the observed cells is hidden."""
     torch.manual_seed(seed)
     hide = float(train.isnan().double().mean())
+    width = train.shape[1]
     model = Tabular(
-        train.shape[1], columns=columns, z_dim=options.z_dim, hidden=(options.hidden,),
-        robust=True, skip=True,
-    )  # fmt: skip
-    guide = Masked(train.shape[1], model.latents, hidden=(64,))
+        width, columns=columns, z_dim=options.z_dim, hidden=(64,), robust=True, skip=True
+    )
+    guide = Masked(width, model.latents, hidden=(64,))
     pvae.fit(
         model, guide, train.float(), objective=pvae.iwae(20), epochs=options.epochs, batch_size=32,
         optimizer="adamw", optimizer_options={"weight_decay": 0.1}, lr=3e-3,
@@ -154,7 +154,6 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=400)
     parser.add_argument("--z-dim", type=int, default=10)
-    parser.add_argument("--hidden", type=int, default=64)
     options = parser.parse_args()
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     print(f"{'data':14} {'missing':>7}  {'method':10} {'NRMSE':>16} {'error rate':>16} "

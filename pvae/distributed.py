@@ -210,8 +210,6 @@ def _is_alone() -> bool:
 
 def _leave() -> None:
     with contextlib.suppress(Exception):
-        for group in _joined:
-            group._pulse.leave()
         _joined.clear()
         dist.destroy_process_group()
 
@@ -242,6 +240,7 @@ class _Pulse:
         self.left = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="pvae pulse", daemon=True)
         self.thread.start()
+        atexit.register(self.leave)
 
     def leave(self) -> None:
         """Stop counting: a thread within the store's C++ while Python ends would abort it."""

@@ -202,10 +202,6 @@ _register(
     lambda s: -torch.log(torch.maximum(s, 1 - s)),
     _softplus_tail_by_sigmoid_kernel,
 )
-_library.define("hold(Tensor x) -> Tensor")
-_library.impl("hold", torch.clone, "CompositeExplicitAutograd")
-
-
 _library.define("product(Tensor x, Tensor weight) -> Tensor")
 _library.impl("product", lambda x, weight: x @ weight.t(), "CompositeExplicitAutograd")
 
@@ -219,6 +215,10 @@ def _product(x: Any, weight: Any) -> Any:
     node = mkldnn_ir.LinearUnary(layout, [x, weight], (None, "none", [-1], ""))
     created = mkldnn_ir._create_output_node(node)  # type: ignore[no-untyped-call]
     return ir.TensorBox.create(created)
+
+
+_library.define("hold(Tensor x) -> Tensor")
+_library.impl("hold", torch.clone, "CompositeExplicitAutograd")
 
 
 @register_lowering(torch.ops.pvae.hold)  # type: ignore[untyped-decorator]

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import pvae
+from pvae import distributed
 from pvae.cli import main
 from pvae.errors import OptionError, ProgramError
 from pvae.launchers import Launched, launched
@@ -205,6 +206,19 @@ def test_torchrun_trains_one_run_and_one_rank_speaks(tmp_path):
     assert job.stderr.count("epoch 2/2") == 1
     run = pvae.load(tmp_path / "run")
     assert [row["epoch"] for row in run.history] == [1, 2]
+
+
+def test_a_rank_stops_counting_before_its_process_ends(monkeypatch):
+    """A thread within the store's C++ while Python ends would abort it."""
+    at_exit = []
+    monkeypatch.setattr(distributed, "_own_connection", torch.distributed.HashStore)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
+    pulse = distributed._Pulse(0, 1, "test")
+    assert pulse.thread.is_alive()
+    for function in at_exit:
+        function()
+    assert not pulse.thread.is_alive()
 
 
 def test_two_processes_compare_runs_and_one_writes(tmp_path):
