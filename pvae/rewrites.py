@@ -22,20 +22,19 @@ from torch._inductor.decomposition import decompositions
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
-__all__ = ["Key", "hold", "in_place"]
+from pvae import broadcasts
+
+__all__ = ["Pass", "hold", "in_place"]
 
 _LARGE_PRODUCT = 2**23  # multiplications from which on oneDNN's calls cost less than they gain
 _MANY_ROWS = 512  # likewise where the second factor is transposed, as in a layer's forward pass
 # 2^f for f in [0, 1]: relative error 8e-8.
 _EXP2 = (0.9999999269249813, 0.6931529681766547, 0.2401545298866001, 0.05582360446256551,
          0.008992584031074146, 0.00187623294527459)  # fmt: skip
-# log1p(t) = 2 s P(s^2) with s = t / (2 + t), fitted for t in [0, 1]: relative error 4e-9.
-_LOG1P = (1.000000003938874, 0.33333157967540705, 0.20012426861719998, 0.13980709417665227,
-          0.1408732863012784)  # fmt: skip
-# -log(1 - u) = u P(u), fitted for u in [0, 0.5]: relative error 3e-8.
-_LOG = (1.0000000192409972, 0.4999937829571847, 0.33366040940338576, 0.24346319631503055,
-        0.26434341263800987, -0.18069637365476604, 1.202940198983114, -1.6276573662719058,
-        1.4066798383262502)  # fmt: skip
+# log1p(t) = t P(t), fitted for t in [0, 1]: relative error 2e-8.
+_LOG1P = (0.9999999834884304, -0.4999965336093213, 0.333217870040895, -0.24861106814227546,
+          0.1916677848846332, -0.13774932602496176, 0.07937487112700282, -0.030127509879629342,
+          0.005371120129003162)  # fmt: skip
 # tanh(x) = x P(x^2) / Q(x^2): the rational function that Eigen uses, exact to a few units in the
 # last place up to where tanh is one in single precision.
 _TANH_END = 7.90531110763549805
@@ -46,18 +45,21 @@ _TANH_Q = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04,
            1.19825839466702e-06)  # fmt: skip
 
 
-class Key(CustomGraphPass):  # type: ignore[misc]
-    """Changes nothing, and makes this file part of the key of Inductor's cache.
+class Pass(CustomGraphPass):  # type: ignore[misc]
+    """The rewriting of whole graphs, and these files as part of the key of Inductor's cache.
 
     The key has no decompositions: without it, a new version of this file would find the old code.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Nothing."""
+        """See :mod:`pvae.broadcasts`."""
+        ours = torch.ops.pvae
+        dear = (ours.sigmoid.default, ours.softplus_tail.default, ours.tanh.default)
+        broadcasts.compute_before_broadcast(graph, ours.hold.default, dear)
 
     def uuid(self) -> Any:
-        """A hash of this file."""
-        return get_hash_for_files((__file__,))
+        """A hash of these files."""
+        return get_hash_for_files((__file__, broadcasts.__file__))
 
 
 @contextlib.contextmanager
@@ -120,8 +122,7 @@ def _binary_cross_entropy_with_logits(
 ) -> Any:
     if weight is not None or pos_weight is not None or reduction != 0:
         return NotImplemented
-    tail = torch.ops.pvae.softplus_tail_by_sigmoid(torch.ops.pvae.sigmoid(x))
-    return x.clamp(min=0) - x * target + tail
+    return torch.relu(x) - x * target + torch.ops.pvae.softplus_tail(x)
 
 
 def _softplus(x: Tensor, beta: Any = 1, threshold: Any = 20) -> Any:
@@ -171,13 +172,7 @@ def _sigmoid_kernel(x: Any) -> Any:
 
 def _softplus_tail_kernel(x: Any) -> Any:
     t = _exp_of_minus_abs(x)
-    s = ops.truediv(t, ops.add(t, _constant(2.0)))
-    return ops.mul(ops.add(s, s), _polynomial(_LOG1P, ops.mul(s, s)))
-
-
-def _softplus_tail_by_sigmoid_kernel(sigmoid: Any) -> Any:
-    u = ops.minimum(sigmoid, ops.sub(_constant(1.0), sigmoid))
-    return ops.mul(u, _polynomial(_LOG, u))
+    return ops.mul(t, _polynomial(_LOG1P, t))
 
 
 def _tanh_kernel(x: Any) -> Any:
@@ -197,11 +192,6 @@ _library: Any = torch.library.Library("pvae", "DEF")  # type: ignore[no-untyped-
 _register("sigmoid", torch.sigmoid, _sigmoid_kernel)
 _register("softplus_tail", lambda x: torch.log1p(torch.exp(-x.abs())), _softplus_tail_kernel)
 _register("tanh", torch.tanh, _tanh_kernel)
-_register(
-    "softplus_tail_by_sigmoid",
-    lambda s: -torch.log(torch.maximum(s, 1 - s)),
-    _softplus_tail_by_sigmoid_kernel,
-)
 _library.define("product(Tensor x, Tensor weight) -> Tensor")
 _library.impl("product", lambda x, weight: x @ weight.t(), "CompositeExplicitAutograd")
 

@@ -92,7 +92,7 @@ def _compile(graph: Any, inputs: list[torch.Tensor], *, cpp_wrapper: bool) -> Ca
 
         options = {
             "cpp.enable_floating_point_contract_flag": "fast", "cpp_wrapper": cpp_wrapper,
-            "fallback_random": True, "post_grad_custom_pre_pass": rewrites.Key(),
+            "fallback_random": True, "post_grad_custom_pre_pass": rewrites.Pass(),
             # So that a Bernoulli log-likelihood is summed as it is computed, and not stored first.
             "realize_opcount_threshold": 80,
         }  # fmt: skip

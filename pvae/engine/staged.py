@@ -225,7 +225,7 @@ class Staged:
 def _norm(gradients: Sequence[Tensor | None]) -> Tensor:
     """Euclidean norm of all gradients together, ``()``."""
     squares = [g.detach().square().sum() for g in gradients if g is not None]
-    return torch.stack(squares).sum().sqrt()
+    return sum(squares[1:], squares[0]).sqrt()
 
 
 def _record(run: Callable[..., Any], inputs: list[Tensor], index: Tensor) -> Callable[..., Any]:
