@@ -5,7 +5,7 @@ a word, by importance sampling for the VAE; with the KL, the mutual information 
 that tell whether its latent is used. Then it writes, reconstructs and goes from one sentence to
 another.
 
-Run:  python examples/text.py                        (the first 6000 sentences of ptb)
+Run:  python examples/text.py                        (the first 14,000 sentences of ptb)
       python examples/text.py --data mine.txt        (one sentence a line)
       python examples/text.py --data grammar         (a toy language, no file needed)
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pvae.guides.text import TextEncoder
 from pvae.models.language_model import LanguageModel
 from pvae.models.text import Text
 from pvae.schedules import Cyclical
-from pvae.sentences import num_words
+from pvae.sentences import UNKNOWN, num_words
 from pvae.sequences import perplexity
 
 
@@ -119,6 +120,7 @@ def judge(trained: dict[str, pvae.Run], test: Tensor, num_particles: int) -> dic
 def written(run: pvae.Run, dataset: Dataset, test: Tensor) -> str:
     """Samples in three ways, reconstructions, and a walk between two sentences."""
     model, guide, words = run.model.eval(), run.guide.eval(), dataset.vocabulary or ()
+    write = partial(model.write, avoid=[UNKNOWN], length=20)
     torch.manual_seed(1)
     z = torch.randn(5, model.z_dim)
     lines = []
@@ -127,25 +129,25 @@ def written(run: pvae.Run, dataset: Dataset, test: Tensor) -> str:
         "drawn from the same latents, nucleus 0.9": {"top_p": 0.9},
         "written from them greedily": {"temperature": 0.0},
     }.items():
-        lines += [f"# {title}", *words_of(model.write(z, **options), words), ""]
+        lines += [f"# {title}", *words_of(write(z, **options), words), ""]
     chosen = test[num_words(test) > 1][:4]
     loc = guide.posterior(chosen)["z"].mean
     lines.append("# sentences, and what is written from their posterior means")
     for original, copy in zip(
-        words_of(chosen, words), words_of(model.write(loc, temperature=0.0), words), strict=True
+        words_of(chosen, words), words_of(write(loc, temperature=0.0), words), strict=True
     ):
         lines += [original, f"  -> {copy}"]
     shares = torch.linspace(0, 1, 6)[:, None]
     between = (1 - shares) * loc[0] + shares * loc[1]
     lines += ["", "# from the first of these to the second"]
-    lines += words_of(model.write(between, temperature=0.0), words)
+    lines += words_of(write(between, temperature=0.0), words)
     return "\n".join(lines) + "\n"
 
 
 def main(
     data: str = "ptb",
-    num_sentences: int = 6000,
-    epochs: int = 4,
+    num_sentences: int = 14000,
+    epochs: int = 3,
     hidden: int = 64,
     z_dim: int = 16,
     dropout: float = 0.0,
@@ -194,8 +196,8 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", default="ptb", help="a named set, a .txt file, or grammar")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--num-sentences", type=int, default=6000, help="to train on")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--num-sentences", type=int, default=14000, help="to train on")
     parser.add_argument("--num-test", type=int, default=300, help="to judge by")
     parser.add_argument("--num-particles", type=int, default=50, help="of importance sampling")
     parser.add_argument("--out", help="folder to write (runs/example-text-<n>)")

@@ -10,6 +10,7 @@ with free bits or a cyclical KL weight, and look at ``pvae.evidence.information`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -82,7 +83,13 @@ class Text(nn.Module):
 
     @torch.no_grad()
     def write(
-        self, z: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, length: int | None = None
+        self,
+        z: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        length: int | None = None,
+        avoid: Sequence[int] = (),
     ) -> Tensor:
         """Sentences from ``z`` ``(B, z_dim)``: word numbers ``(B, length)``.
 
@@ -91,11 +98,15 @@ class Text(nn.Module):
             temperature: 1 draws from the model, 0 takes the likeliest word at each place.
             top_p: Draw among the likeliest words alone that have this probability together.
             length: Most words, the end counted; T if left out.
+            avoid: Numbers of words that are never written: ``[2]`` is the unknown word.
+
+        Raises:
+            OptionError: ``avoid`` names no word, or every one.
         """
         length = self.x_dim if length is None else length
         training = self.training
         self.eval()
         try:
-            return self.decoder.write(z, len(z), length, temperature, top_p)
+            return self.decoder.write(z, len(z), length, temperature, top_p, avoid)
         finally:
             self.train(training)

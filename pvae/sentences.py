@@ -6,6 +6,7 @@ of a sentence, 2 for an unknown word, then the words of a vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -139,7 +140,13 @@ class WordDecoder(nn.Module):
         return torch.tanh(hidden).contiguous(), cell.contiguous()
 
     def write(
-        self, z: Tensor | None, size: int, length: int, temperature: float, top_p: float
+        self,
+        z: Tensor | None,
+        size: int,
+        length: int,
+        temperature: float,
+        top_p: float,
+        avoid: Sequence[int] = (),
     ) -> Tensor:
         """Sentences word by word, at most ``length`` words, ``(size, length)``.
 
@@ -149,8 +156,13 @@ class WordDecoder(nn.Module):
             length: Most words, the end counted; a sentence without an end is cut there.
             temperature: See :func:`choose`.
             top_p: Likewise.
+            avoid: Numbers of words that are never written.
+
+        Raises:
+            OptionError: ``avoid`` names no word, or every one.
         """
         device = self.embedding.weight.device
+        avoided = self._without(avoid)
         word = torch.full((size,), END, device=device)
         running = torch.ones(size, dtype=torch.bool, device=device)
         state = None if z is None else self._first(z)
@@ -159,10 +171,21 @@ class WordDecoder(nn.Module):
             given = self.embedding(word)
             given = given if z is None else torch.cat([given, z], -1)
             output, state = self.lstm(given[:, None], state)
-            word = 1 + choose(self.scores(output[:, 0]), temperature, top_p)
+            word = 1 + choose(self.scores(output[:, 0]) + avoided, temperature, top_p)
             written.append(word.masked_fill(~running, PADDING))
             running = running & (word != END)
         return torch.stack(written, -1)
+
+    def _without(self, avoid: Sequence[int]) -> Tensor:
+        """What is added to the scores: minus infinity for the words to avoid, 0 for the rest."""
+        numbers, last = sorted(set(avoid)), self.num_classes - 1
+        if numbers and not 1 <= numbers[0] <= numbers[-1] <= last:
+            raise OptionError(f"avoid takes numbers of words, 1 (the end) to {last}: got {numbers}")
+        if len(numbers) == last:
+            raise OptionError("avoid names every word: leave one that can be written")
+        added = self.embedding.weight.new_zeros(last)
+        added[[number - 1 for number in numbers]] = -torch.inf
+        return added
 
 
 class Sentences(TorchDistribution):  # type: ignore[misc]

@@ -256,6 +256,17 @@ def test_written_sentences_end_once_and_are_padded_after():
     assert model.training
 
 
+def test_words_to_avoid_are_never_written():
+    model, _ = text_pair()
+    z = torch.randn(200, 3, dtype=torch.float64)
+    assert {2, 3} <= set(model.write(z).unique().tolist())
+    assert not {2, 3} & set(model.write(z, avoid=[2, 3]).unique().tolist())
+    assert not {2, 3} & set(model.write(z, temperature=0.0, avoid=[2, 3]).unique().tolist())
+    for wrong, said in (([0], "numbers of words"), (range(1, VOCABULARY), "every word")):
+        with pytest.raises(pvae.PvaeError, match=said):
+            model.write(z, avoid=wrong)
+
+
 @pytest.mark.parametrize("encoder", ["convolutional", "lstm"])
 def test_staged_training_is_eager_training(encoder):
     histories = []
