@@ -83,6 +83,9 @@ def _divide_once(graph: Graph, node: Node) -> None:
     if node.target is not _aten.div.Tensor:
         return
     numerator, divisor = node.args
+    types = {argument.meta["val"].dtype for argument in node.all_input_nodes}
+    if types not in ({torch.float32}, {torch.float64}):
+        return  # torch promotes them as it divides, or the inverse is a coarse number
     small = divisor.args[0] if _is_broadcast(divisor) else divisor  # type: ignore[union-attr]
     if not isinstance(small, Node) or not _is_spread(small, node):
         return

@@ -91,6 +91,16 @@ def test_an_outer_product_is_not_made_smaller_by_itself(rewrite):
     assert shapes["exp.default"] == [(20, 20)]
 
 
+def test_a_division_of_two_types_stays_one(rewrite):
+    def function(x, count):
+        return (x / count,)
+
+    x, count = torch.randn(50, 4, dtype=torch.float64), torch.tensor([1, 3, 5, 7])
+    before, after, shapes = rewrite(function, x, count)
+    assert torch.equal(before[0], after[0])
+    assert "reciprocal.default" not in shapes
+
+
 def test_compiled_gradients_are_those_of_the_program():
     def function(loc, raw, noise):
         with torch.enable_grad():

@@ -941,3 +941,29 @@ def test_real_binary_density(shelf, name, shape):
         assert f"{len(split)} {part}" in line
         bits = split.x.numpy().astype(np.uint8).tobytes()
         assert hashlib.sha256(bits).hexdigest() == hashes[part]
+
+
+def test_a_folder_of_other_files_is_not_searched_to_its_end(tmp_path, monkeypatch):
+    from pvae.data.files import files_below
+
+    monkeypatch.setattr("pvae.data.files._MOST_OTHERS", 5)
+    for name in ("a", "b", "c", ".hidden"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            (tmp_path / name / f"{number}.txt").touch()
+    (tmp_path / "c" / "x.png").touch()
+    assert not files_below(tmp_path, (".png",))
+    (tmp_path / "a" / "y.PNG").touch()
+    (tmp_path / ".hidden" / "z.png").touch()
+    assert files_below(tmp_path, (".png",)) == [tmp_path / "a/y.PNG", tmp_path / "c/x.png"]
+
+
+def test_a_whole_disk_is_refused_and_a_folder_named_by_where_it_is(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="is a whole disk"):
+        load("/")
+    Image = pytest.importorskip("PIL.Image")
+    (tmp_path / "faces").mkdir()
+    for number in range(12):
+        Image.new("L", (4, 4), color=number).save(tmp_path / "faces" / f"{number}.png")
+    monkeypatch.chdir(tmp_path / "faces")
+    assert load(".").name == "faces"

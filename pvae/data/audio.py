@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvae.data.downloads import find
-from pvae.data.files import PARTS, Arrays, reading
+from pvae.data.files import PARTS, Arrays, files_below, reading
 from pvae.errors import DataError, OptionError
 
 __all__ = ["fsdd", "has_wavs", "read_wav", "read_wav_folder", "spoken_digits", "write_wav"]
@@ -70,7 +70,7 @@ def spoken_digits(root: str | Path | None = None) -> Arrays:
 
 def has_wavs(folder: Path) -> bool:
     """Whether it is a folder with ``.wav`` files in it or below."""
-    return folder.is_dir() and any(_wavs(folder))
+    return folder.is_dir() and bool(_wavs(folder))
 
 
 def read_wav_folder(
@@ -170,9 +170,7 @@ def _soundfile() -> Any:
 
 
 def _wavs(folder: Path) -> Sequence[Path]:
-    return sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() == ".wav" and path.is_file()
-    )
+    return files_below(folder, (".wav",))
 
 
 def _readable(paths: Sequence[Path]) -> Any:

@@ -9,8 +9,9 @@ import contextlib
 import csv
 import gzip
 import math
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "FORMATS",
     "PARTS",
     "Arrays",
+    "files_below",
     "map_array",
     "read_amat",
     "read_arrays",
@@ -34,9 +36,29 @@ Arrays = dict[str, NDArray[Any]]
 
 FORMATS = (".csv", ".npy", ".npz")
 PARTS = ("train", "valid", "test")
+_MOST_OTHERS = 100_000
 _LABELS = {"labels": "labels", "y": "labels"} | {
     f"{part}_{suffix}": f"{part}_labels" for part in PARTS for suffix in ("labels", "y")
 }
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files in a folder and below that end in one of ``suffixes``, in the order of names.
+
+    Names that begin with a dot are left out. A folder whose first 100,000 files are all others (a
+    whole disk, say) is not searched to its end.
+    """
+    found: list[Path] = []
+    others = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        wanted = [name for name in names if Path(name).suffix.lower() in suffixes]
+        paths = (Path(place, name) for name in wanted if not name.startswith("."))
+        found += (path for path in paths if path.is_file())
+        others += len(names)
+        if not found and others > _MOST_OTHERS:
+            break
+    return sorted(found)
 
 
 def read_arrays(path: Path) -> Arrays:

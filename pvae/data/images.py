@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvae.data.downloads import Remote, find, provide
-from pvae.data.files import Arrays, reading
+from pvae.data.files import Arrays, files_below, reading
 from pvae.errors import DataError, OptionError
 
 __all__ = ["cifar10", "omniglot", "read_cifar10", "read_image_folder"]
@@ -159,12 +159,7 @@ def _size(size: Sequence[int] | int | str | None) -> tuple[int, int] | None:
 
 
 def _files(root: Path) -> list[Path]:
-    files = sorted(
-        path
-        for path in root.rglob("*")
-        if path.is_file() and path.suffix.lower() in SUFFIXES
-        and not any(piece.startswith(".") for piece in path.relative_to(root).parts)
-    )  # fmt: skip
+    files = files_below(root, SUFFIXES)
     if not files:
         raise DataError(
             f"{root} holds no image file ({', '.join(SUFFIXES)}): give a folder of images, or an "

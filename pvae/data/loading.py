@@ -193,10 +193,14 @@ def _read(
 ) -> tuple[str, Arrays]:
     source = SOURCES.get(str(name_or_path))
     path = Path(name_or_path).expanduser()
+    folder = path.resolve()
+    name = folder.name if path.name in ("", "..") else path.name
+    if source is None and folder == folder.parent:
+        raise DataError(f"{path} is a whole disk: give the folder of the images or sounds")
     if source is None and size is None and has_wavs(path):
-        return path.name, read_wav_folder(path)
+        return name, read_wav_folder(path)
     if source is None and path.is_dir() and path.suffix.lower() not in FORMATS:
-        return path.name, read_image_folder(path, size, unreadable=unreadable)
+        return name, read_image_folder(path, size, unreadable=unreadable)
     if size is not None:
         raise OptionError(f"size={size!r} is for a folder of images, not for {name_or_path}")
     if unreadable != "stop":
