@@ -1,8 +1,8 @@
 """What is spread over particles is computed before it is spread, in graphs for the CPU.
 
-``Normal(loc, scale)`` of a datum scores K particles with ``log(scale)`` and divisions by
-``2 scale^2``. Written for the broadcast tensor, as a density writes it, Inductor's loops compute
-them, and the softplus that gave ``scale``, K times for each datum and again for the gradient.
+``Normal(loc, scale)`` of a datum scores K particles with ``log(scale)`` and ``2 scale^2``. Written
+for the broadcast tensor, as a density writes it, Inductor's loops compute them, and the softplus
+that gave ``scale``, K times for each datum and again for the gradient.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ _CHEAP = frozenset({
     _aten.mul.Tensor, _aten.neg.default, _aten.pow.Tensor_Scalar, _aten.square.default,
     _aten.sub.Scalar, _aten.sub.Tensor,
 })  # fmt: skip
+_REDUCTIONS = frozenset({
+    _aten.amax.default, _aten.amin.default, _aten.mean.default, _aten.mean.dim,
+    _aten.prod.dim_int, _aten.sum.default, _aten.sum.dim_IntList,
+})  # fmt: skip
 
 
 def compute_before_broadcast(graph: Graph, hold: Any, dear: Iterable[Any] = ()) -> None:
@@ -45,8 +49,6 @@ def compute_before_broadcast(graph: Graph, hold: Any, dear: Iterable[Any] = ()) 
     for node in _on_cpu(graph):
         if node.target in take_long | _CHEAP:
             _move(graph, node)
-    for node in _on_cpu(graph):
-        _divide_once(graph, node)
     graph.eliminate_dead_code()
     elementwise = take_long | _CHEAP
     costly: set[Node] = set()  # what is not stored and takes long to compute anew
@@ -63,9 +65,14 @@ def compute_before_broadcast(graph: Graph, hold: Any, dear: Iterable[Any] = ()) 
 
 
 def _move(graph: Graph, node: Node) -> None:
-    """``f(broadcast(x))`` becomes ``broadcast(f(x))``."""
+    """``f(broadcast(x))`` becomes ``broadcast(f(x))`` where it is read number by number.
+
+    Others would take its memory for that of as many numbers as it has.
+    """
     tensors = [argument for argument in node.args if isinstance(argument, Node)]
     if node.kwargs or not tensors or not all(map(_is_broadcast, tensors)):
+        return
+    if not any(map(_reads, node.users)):
         return
     small = [a.args[0] if isinstance(a, Node) else a for a in node.args]
     shapes = [_shape(a) for a in small if isinstance(a, Node)]
@@ -75,24 +82,13 @@ def _move(graph: Graph, node: Node) -> None:
     with graph.inserting_before(node):
         moved = _call(graph, node.target, *small)
         spread = _call(graph, _EXPAND, moved, list(_shape(node)))
-    node.replace_all_uses_with(spread)
+    node.replace_all_uses_with(spread, delete_user_cb=_reads)
 
 
-def _divide_once(graph: Graph, node: Node) -> None:
-    """``a / broadcast(b)`` becomes ``a * broadcast(1 / b)``."""
-    if node.target is not _aten.div.Tensor:
-        return
-    numerator, divisor = node.args
-    types = {argument.meta["val"].dtype for argument in node.all_input_nodes}
-    if types not in ({torch.float32}, {torch.float64}):
-        return  # torch promotes them as it divides, or the inverse is a coarse number
-    small = divisor.args[0] if _is_broadcast(divisor) else divisor  # type: ignore[union-attr]
-    if not isinstance(small, Node) or not _is_spread(small, node):
-        return
-    with graph.inserting_before(node):
-        inverse = _call(graph, _aten.reciprocal.default, small)
-        product = _call(graph, _aten.mul.Tensor, numerator, inverse)
-    node.replace_all_uses_with(product)
+def _reads(user: Node) -> bool:
+    tags = getattr(user.target, "tags", ())
+    pointwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    return pointwise or user.target in _REDUCTIONS
 
 
 def _store(graph: Graph, source: Node, hold: Any) -> None:

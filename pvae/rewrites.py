@@ -182,7 +182,7 @@ def _tanh_kernel(x: Any) -> Any:
 
 
 def _register(name: str, plain: Callable[[Tensor], Tensor], kernel: Callable[[Any], Any]) -> None:
-    _library.define(f"{name}(Tensor x) -> Tensor")
+    _library.define(f"{name}(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
     _library.impl(name, plain, "CompositeExplicitAutograd")
     register_lowering(getattr(torch.ops.pvae, name))(make_pointwise(kernel))
 

@@ -44,18 +44,15 @@ def density(loc, raw, noise):
     return z, normal.log_prob(z).sum(-1)
 
 
-def test_a_normals_logarithm_and_divisions_are_of_one_datum(rewrite):
+def test_a_normals_logarithm_and_variance_are_of_one_datum(rewrite):
     torch.manual_seed(0)
     loc, raw, noise = torch.randn(6, 3), torch.randn(6, 3), torch.randn(40, 6, 3)
-    tensors = [t.double() for t in (loc, raw, noise)]
-    before, after, shapes = rewrite(density, *tensors)
+    before, after, shapes = rewrite(density, loc, raw, noise)
     for one, other in zip(before, after, strict=True):
-        assert torch.allclose(one, other, rtol=1e-14, atol=1e-14)
+        assert torch.equal(one, other)
     assert shapes["log.default"] == [(6, 3)]
-    assert shapes["reciprocal.default"] == [(6, 3)]
-    assert "div.Tensor" not in shapes
-    assert set(shapes["hold.default"]) == {(6, 3)}
-    assert len(shapes["hold.default"]) == 3  # scale, log(scale) and 1 / (2 scale^2)
+    assert shapes["pow.Tensor_Scalar"] == [(6, 3), (40, 6, 3)]
+    assert shapes["hold.default"] == [(6, 3), (6, 3)]  # scale and log(scale)
 
 
 def test_what_is_cheap_or_hardly_spread_is_left_alone(rewrite):
@@ -91,14 +88,42 @@ def test_an_outer_product_is_not_made_smaller_by_itself(rewrite):
     assert shapes["exp.default"] == [(20, 20)]
 
 
-def test_a_division_of_two_types_stays_one(rewrite):
-    def function(x, count):
-        return (x / count,)
+WRITERS = {
+    "index_put": lambda z: torch.index_put(z, (torch.tensor([1, 2]),), torch.tensor(-1.0)),
+    "index_copy": lambda z: z.index_copy(0, torch.tensor([1, 2]), -torch.ones(2, 5)),
+    "index_fill": lambda z: z.index_fill(0, torch.tensor([3]), 7.0),
+    "index_add": lambda z: z.index_add(0, torch.tensor([1, 1]), torch.ones(2, 5)),
+    "as_strided": lambda z: torch.as_strided(z, (20, 5), (10, 1)) + 1,
+    "slice": lambda z: torch.slice_scatter(z, torch.ones(3, 5), 0, 2, 5),
+}
 
-    x, count = torch.randn(50, 4, dtype=torch.float64), torch.tensor([1, 3, 5, 7])
-    before, after, shapes = rewrite(function, x, count)
-    assert torch.equal(before[0], after[0])
-    assert "reciprocal.default" not in shapes
+
+@pytest.fixture(scope="module")
+def written():
+    """All in one graph, because compiling is what takes time."""
+
+    def every(x):
+        return tuple(write(x.expand(40, 5) * 2 + 1) for write in WRITERS.values())
+
+    x = torch.arange(5.0)
+    return every(x), lower(capture(every, x, flat=True), [x])(x)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_writes_or_takes_apart_memory_has_its_own(written, name):
+    expected, found = (part[list(WRITERS).index(name)] for part in written)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+def test_what_is_given_back_has_its_own_memory():
+    def function(x):
+        return (x[:, None].expand(5, 40) * 2,)
+
+    x = torch.randn(5)
+    (found,) = lower(capture(function, x, flat=True), [x])(x)
+    assert found.is_contiguous()
+    assert torch.equal(found.add_(1), x[:, None].expand(5, 40) * 2 + 1)
 
 
 def test_compiled_gradients_are_those_of_the_program():
