@@ -164,11 +164,28 @@ def test_a_folder_of_wavs_is_a_data_set(tmp_path):
     assert arrays["lengths"].tolist() == [900, 600, 700]
     assert arrays["labels"].tolist() == [0, 1, 1]
     assert (int(arrays["rate"]), arrays["x"][1, 600:].max()) == (8000, 0)
-    assert read_wav_folder(tmp_path, samples=650)["lengths"].tolist() == [650, 600, 650]
+    with pytest.warns(UserWarning, match="2 clips are cut to 650 samples"):
+        assert read_wav_folder(tmp_path, samples=650)["lengths"].tolist() == [650, 600, 650]
     for number in range(12):
         write_wav(tmp_path / "c" / f"{number}.wav", noise(900) / 9, 8000)
-    dataset = load(tmp_path, transform="none")
+    with pytest.warns(UserWarning, match=r"2 of 15 clips are shorter than 900 .*\(4% of all"):
+        dataset = load(tmp_path, transform="none")
     assert (dataset.x_dim, dataset.kind) == (900, "continuous")
+    with pytest.raises(OptionError, match="are for images, and .* holds sounds"):
+        load(tmp_path, size=8)
+
+
+def test_a_file_that_was_cut_off_is_left_out(tmp_path):
+    whole = write_wav(tmp_path / "whole.wav", tone(440, 900), 8000)
+    content = whole.read_bytes()
+    (tmp_path / "cut.wav").write_bytes(content[:-600])
+    with pytest.raises(DataError, match="cut off: 1800 bytes of samples are promised and 1200"):
+        read_wav(tmp_path / "cut.wav")
+    with pytest.warns(UserWarning, match="a file is left out: .*cut off"):
+        assert len(read_wav_folder(tmp_path)["x"]) == 1
+    streamed = content.replace((1800).to_bytes(4, "little"), b"\xff" * 4)
+    (tmp_path / "cut.wav").write_bytes(streamed)  # of a recorder that never went back
+    assert len(read_wav(tmp_path / "cut.wav")[0]) == 900
 
 
 def test_files_that_cannot_be_used_are_left_out_with_a_sentence(tmp_path):

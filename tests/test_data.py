@@ -509,6 +509,8 @@ def test_pickles_are_refused_unopened(tmp_path):
 def test_missing_and_unknown_files(tmp_path):
     with pytest.raises(DataError, match=r"a\.npy is not a file: check the path"):
         load(tmp_path / "a.npy")
+    with pytest.raises(DataError, match=r"gone does not exist: check the path"):
+        load(tmp_path / "gone")
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match=r"folder\.csv is not a file"):
         load(tmp_path / "folder.csv")

@@ -218,3 +218,36 @@ def test_a_folder_trains_from_the_command_line(tmp_path, monkeypatch, capsys):
     config = (tmp_path / "r" / "config.yaml").read_text()
     assert "data_size: 6x8" in config
     assert "discretized_logistic" in config
+
+
+def test_sixteen_bits_lose_the_lower_eight(tmp_path):
+    deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    arrays = read_image_folder(tmp_path)
+    assert arrays["x"].shape == (1, 8, 8)
+    assert np.array_equal(arrays["x"][0], deep >> 8)
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "deeper.tif")
+    with pytest.raises(DataError, match="32-bit numbers"):
+        read_image_folder(tmp_path)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2] = (200, 10, 10, 255)
+    pixels[2:] = (7, 8, 9, 0)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    x = read_image_folder(tmp_path)["x"][0]
+    assert x[:, 0, 0].tolist() == [200, 10, 10]
+    assert (x[:, 2:] == 255).all()
+
+
+def test_of_an_animation_the_first_picture_is_taken_with_a_warning(tmp_path):
+    frames = [Image.new("L", (4, 4), color) for color in (0, 100, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="1 of 1 files hold several pictures"):
+        assert len(read_image_folder(tmp_path)["x"]) == 1
+
+
+def test_a_size_is_no_larger_than_a_picture(tmp_path):
+    with pytest.raises(OptionError, match="up to 16384"):
+        read_image_folder(tmp_path, 99_999_999)

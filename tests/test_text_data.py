@@ -165,3 +165,26 @@ def test_a_damaged_named_set_is_refused(tmp_path, monkeypatch):
         (tmp_path / "ptb" / f"ptb.{part}.txt.gz").write_bytes(gzip.compress(b"not it\n"))
     with pytest.raises(pvae.PvaeError, match="holds text of SHA-256"):
         pvae.data.load("ptb")
+
+
+def test_special_words_in_a_line_are_words_like_others():
+    vocabulary = text.build_vocabulary(["a b", "b <pad> c", "a <eos>"])
+    assert vocabulary[:3] == text.SPECIAL
+    a, b, c = (vocabulary.index(word) for word in "abc")
+    x = text.encode(["a <pad> b", "a <eos>", "c <eos> <unk>"], vocabulary)
+    assert x.tolist() == [[a, 2, b, 1], [a, 1, 0, 0], [c, 2, 2, 1]]
+
+
+def test_other_text_takes_the_vocabulary_and_width_of_the_first(tmp_path):
+    lines = ["the cat sat down here"] * 10 + ["a dog"] * 5
+    own = pvae.data.load(write(tmp_path / "own.txt", lines))
+    other = write(tmp_path / "other.txt", ["dog cat zebra"] * 10)
+    with pytest.warns(UserWarning, match=r"10 of 30 words are not in the"):
+        found = pvae.data.load(other, like=own)
+    assert (found.x_dim, found.vocabulary) == (own.x_dim, own.vocabulary)
+    assert pvae.data.text.words_of(found.test.x[:1], own.vocabulary) == ["dog cat <unk>"]
+    long = write(tmp_path / "long.txt", ["the cat sat the cat sat the cat"] * 10)
+    with pytest.raises(pvae.PvaeError, match="9 words with its end, expected at most 6"):
+        pvae.data.load(long, like=own)
+    with pytest.raises(pvae.PvaeError, match="like is for a .txt file"):
+        pvae.data.load("digits", like=own)

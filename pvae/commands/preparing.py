@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,13 @@ __all__ = ["data_for", "grouped", "load_data", "threads", "warn_of_unscored"]
 _SMALL = 1_000_000  # numbers of training data
 
 
-def load_data(config: dict[str, Any], *, streams: bool = False) -> Dataset:
+def load_data(
+    config: dict[str, Any], *, streams: bool = False, like: Dataset | None = None
+) -> Dataset:
     """The data set of a configuration, whose path becomes absolute."""
     from pvae.data import sources
 
-    dataset = runs.data_of(config, streams=streams)
+    dataset = runs.data_of(config, streams=streams, like=like)
     if config["data"] not in sources():
         config["data"] = str(Path(config["data"]).expanduser().absolute())
     _warn_of_constants(dataset)
@@ -72,28 +75,62 @@ def warn_of_unscored(model: Any, dataset: Dataset) -> None:
 
 def data_for(config: dict[str, Any], other: str | None) -> Dataset:
     """The data of a run, or other data prepared alike."""
+    if other is None:
+        return _own_data(config)
     known = config["data_facts"]
-    other_or_own = config["data"] if other is None else other
-    dataset = load_data({**config, "data": other_or_own}, streams=True)
+    own = functools.cache(lambda: _own_data(config))
+    is_text = other.endswith(".txt") and known["kind"] == "integer" and bool(own().vocabulary)
+    like = own() if is_text else None
+    dataset = load_data({**config, "data": other}, streams=True, like=like)
+    _require_alike(dataset, known)
+    if dataset.vocabulary is not None and dataset.vocabulary != own().vocabulary:
+        raise DataError(
+            f"{dataset.name} has a vocabulary of its own, so its numbers are other words: give its "
+            "sentences as a .txt file"
+        )
+    same_scale = "standardize" not in dataset.treatment
+    if dataset.kind != "continuous" or (same_scale and dataset.num_levels == known["num_levels"]):
+        return dataset
+    return _moved(dataset, own().transform)
+
+
+def _own_data(config: dict[str, Any]) -> Dataset:
+    from pvae.data import sources
+
+    path = Path(config["data"])
+    if config["data"] not in sources() and not path.exists():
+        raise DataError(
+            f"the data of the run, {path}, are not there: put them back, or say in the run's "
+            "config.yaml where they are now"
+        )
+    dataset = load_data(config, streams=True)
+    _require_alike(dataset, config["data_facts"])
+    if runs.facts(dataset)["fingerprint"] != config["data_facts"]["fingerprint"]:
+        warnings.warn(
+            f"{dataset.name} has changed since the training: test data may have been trained on",
+            UserWarning,
+            stacklevel=2,
+        )
+    return dataset
+
+
+def _require_alike(dataset: Dataset, known: Mapping[str, Any]) -> None:
     if dataset.x_dim != known["x_dim"]:
         raise DataError(
             f"the run was trained on {known['x_dim']} features, {dataset.name} has "
             f"{dataset.x_dim}: give data of the same width"
+        )
+    before, now = known["image_shape"], dataset.image_shape
+    if before is not None and now is not None and tuple(before) != now:
+        raise DataError(
+            f"the run was trained on data of shape {tuple(before)}, {dataset.name} has {now}: give "
+            "data of the same shape"
         )
     if dataset.kind != known["kind"]:
         raise DataError(
             f"the run was trained on {known['kind']} data, {dataset.name} is {dataset.kind}: give "
             "data of the same kind"
         )
-    if other is None and runs.facts(dataset)["fingerprint"] != known["fingerprint"]:
-        warnings.warn(
-            f"{dataset.name} has changed since the training: test data may have been trained on",
-            UserWarning,
-            stacklevel=2,
-        )
-    if other is None or dataset.kind != "continuous":
-        return dataset
-    return _moved(dataset, data_for(config, None).transform)
 
 
 def _moved(dataset: Dataset, transform: Any) -> Dataset:

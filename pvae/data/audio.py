@@ -25,6 +25,7 @@ FSDD_SAMPLES = 6144  # 0.77 s; 73 of the 3000 clips are longer
 _FILE = "fsdd/fsdd.npz"
 _SHA256 = "b1ab0c92a87a55a3d69ba066254aec6433d9b1ede33effb36858e785ec918fdb"
 _SHORTEST = 256  # samples; below it there is hardly a frame
+_LONGEST = 2**16  # samples of a clip, where no length is asked for
 
 Clips = list[NDArray[np.float32]]
 
@@ -109,6 +110,11 @@ def read_wav_folder(
     arrays: Arrays = {"rate": np.array(common)}
     kept = {part: _of_rate(files, common) for part, files in read.items()}
     longest = max((len(clip) for files in kept.values() for _, clip in files), default=0)
+    cut = sum(len(clip) > (samples or _LONGEST) for files in kept.values() for _, clip in files)
+    if cut:
+        warnings.warn(
+            f"{cut} clips are cut to {samples or _LONGEST} samples", UserWarning, stacklevel=2
+        )
     names = {part: [_label(path, roots[part]) for path, _ in kept[part]] for part in kept}
     labels = sorted({name for each in names.values() for name in each})
     for part, files in kept.items():
@@ -116,7 +122,7 @@ def read_wav_folder(
             raise DataError(
                 f"{roots[part]} holds no .wav file of {common} samples a second: convert them"
             )
-        clips, lengths = _one_length([clip for _, clip in files], samples or min(longest, 2**16))
+        clips, lengths = _one_length([clip for _, clip in files], samples or min(longest, _LONGEST))
         prefix = "" if part == "x" else f"{part}_"
         arrays |= {part: clips, f"{prefix}lengths": lengths}
         if labels != ["."]:
@@ -135,6 +141,7 @@ def read_wav(path: str | Path) -> tuple[NDArray[np.float32], int]:
     soundfile = _soundfile()
     if not path.is_file():
         raise DataError(f"{path} is not a file: check the path")
+    _require_whole(path)
     with reading(path, "wav"):
         clip, rate = soundfile.read(path, dtype="float32", always_2d=True)
     mono: NDArray[np.float32] = clip.mean(1)
@@ -143,6 +150,24 @@ def read_wav(path: str | Path) -> tuple[NDArray[np.float32], int]:
     if not np.isfinite(mono).all():
         raise DataError(f"{path} holds a NaN or an infinity: save it anew")
     return mono, int(rate)
+
+
+def _require_whole(path: Path) -> None:
+    """Of a file that was cut off, soundfile reads what there is without a word."""
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return  # what it is instead, soundfile says
+        size = path.stat().st_size
+        while len(chunk := file.read(8)) == 8:
+            length = int.from_bytes(chunk[4:], "little")
+            streamed = length >= 2**32 - 2**12  # written before its length was known
+            if chunk[:4] == b"data" and not streamed and file.tell() + length > size:
+                raise DataError(
+                    f"{path} is cut off: {length} bytes of samples are promised and "
+                    f"{size - file.tell()} are there: save it anew"
+                )
+            file.seek(length + length % 2, 1)
 
 
 def write_wav(path: str | Path, clip: Any, rate: int) -> Path:

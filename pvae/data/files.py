@@ -69,6 +69,8 @@ def read_arrays(path: Path) -> Arrays:
     """
     readers = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv}
     reader = readers.get(path.suffix.lower())
+    if not (path.suffix or path.exists()):
+        raise DataError(f"{path} does not exist: check the path")
     if reader is None:
         suffix = repr(path.suffix) if path.suffix else "no suffix"
         raise DataError(

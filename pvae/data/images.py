@@ -108,7 +108,8 @@ def read_image_folder(
 
     Files directly in the folder make one set; files in ``train`` and ``test`` (and ``valid``) keep
     that split. Sub-folders other than these are labels, numbered in the order of their names.
-    Images become grey if all of them are, else red, green and blue; bytes 0 to 255.
+    Images become grey if all of them are, else red, green and blue; bytes 0 to 255, of sixteen bits
+    the upper eight. What is transparent is white; of several pictures in a file the first is taken.
 
     Args:
         folder: The folder.
@@ -151,9 +152,10 @@ def _size(size: Sequence[int] | int | str | None) -> tuple[int, int] | None:
         numbers = [int(number) for number in pair]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
+    if len(numbers) not in (1, 2) or not 1 <= min(numbers) <= max(numbers) <= _MOST_PIXELS:
         raise OptionError(
-            f"size is a number of pixels, or a height and a width as in 32x48, got {size!r}"
+            f"size is a number of pixels up to {_MOST_PIXELS}, or a height and a width as in "
+            f"32x48, got {size!r}"
         )
     return numbers[0], numbers[-1]
 
@@ -168,15 +170,18 @@ def _files(root: Path) -> list[Path]:
     return files
 
 
+_MOST_PIXELS = 2**14  # a side
 _Read = tuple[Path, str, Any]
 
 
 def _read_all(files: list[Path], size: tuple[int, int] | None, unreadable: str) -> list[_Read]:
     """Path, ``"L"`` or ``"RGB"``, and the decoded image of each file."""
-    read = []
+    read, num_moving = [], 0
     for path in files:
         try:
-            read.append((path, *_decode(path, size)))
+            mode, image, moves = _decode(path, size)
+            num_moving += moves
+            read.append((path, mode, image))
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             problem = f"{path} cannot be read as an image ({reason})"
@@ -185,21 +190,43 @@ def _read_all(files: list[Path], size: tuple[int, int] | None, unreadable: str) 
             warnings.warn(f"{problem} and is left out", UserWarning, stacklevel=3)
     if not read:
         raise DataError(f"none of {len(files)} files like {files[0]} can be read as an image")
+    if num_moving:
+        warnings.warn(
+            f"{num_moving} of {len(files)} files hold several pictures, of which the first is "
+            "taken; pvae.data.videos.read_video_folder takes them all",
+            UserWarning,
+            stacklevel=3,
+        )
     return read
 
 
-def _decode(path: Path, size: tuple[int, int] | None) -> tuple[str, Any]:
+def _decode(path: Path, size: tuple[int, int] | None) -> tuple[str, Any, bool]:
+    """``"L"`` or ``"RGB"``, the image in it, and whether the file has more of them."""
     from PIL import Image
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            plain = image.convert(mode)
+            mode = "L" if image.mode in ("1", "L", "LA", "I;16", "I;16B") else "RGB"
+            plain, moves = _plain(image, mode), getattr(image, "n_frames", 1) > 1
     if size is not None and plain.size != size[::-1]:
         # Averages over the areas of the new pixels where it shrinks.
         plain = plain.resize(size[::-1], Image.Resampling.BOX)
-    return mode, plain
+    return mode, plain, moves
+
+
+def _plain(image: Any, mode: str) -> Any:
+    """Eight bits a channel, on white where it is transparent."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"its pixels are 32-bit numbers (mode {image.mode}): save it with 8 bits")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        whole = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+    return image.convert(mode)
 
 
 def _require_one_size(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ def load(
     size: Sequence[int] | int | str | None = None,
     unreadable: str = "stop",
     streams: bool = False,
+    like: Dataset | None = None,
     seed: int = 0,
     root: str | Path | None = None,
 ) -> Dataset:
@@ -76,6 +79,8 @@ def load(
         streams: Leave the rows of an ``.npy`` file of more than 256 MiB in the file (see
             :mod:`pvae.data.streaming`); ``x`` of a split is then a
             :class:`pvae.data.mapped.MappedRows`, which training and evidence take.
+        like: Text whose vocabulary and width another ``.txt`` file is to have, such as that which a
+            model was trained on.
         seed: Seed of the split and of all fixed noise.
         root: Cache folder of downloaded sets; ``~/.cache/pvae``. ``$PVAE_DATA`` is searched first.
 
@@ -93,8 +98,10 @@ def load(
     if streams and _is_large(name_or_path, path):
         return _streamed(path, binarize, steps, valid_fraction, test_fraction, seed)
     if path.suffix == ".txt" and name_or_path not in SOURCES:
-        name, arrays = path.name, _read_text(path, valid_fraction, test_fraction, seed)
+        name, arrays = path.name, _read_text(path, valid_fraction, test_fraction, seed, like)
         valid_fraction = test_fraction = None
+    elif like is not None:
+        raise OptionError(f"like is for a .txt file, not for {name_or_path}: leave it out")
     else:
         name, arrays = _read(name_or_path, root, size, unreadable)
     rows = _Rows.of(name, arrays).split(valid_fraction, test_fraction, seed)
@@ -197,8 +204,10 @@ def _read(
     name = folder.name if path.name in ("", "..") else path.name
     if source is None and folder == folder.parent:
         raise DataError(f"{path} is a whole disk: give the folder of the images or sounds")
-    if source is None and size is None and has_wavs(path):
-        return name, read_wav_folder(path)
+    if source is None and has_wavs(path):
+        if size is not None or unreadable != "stop":
+            raise OptionError(f"size and unreadable are for images, and {path} holds sounds")
+        return name, _read_sounds(path)
     if source is None and path.is_dir() and path.suffix.lower() not in FORMATS:
         return name, read_image_folder(path, size, unreadable=unreadable)
     if size is not None:
@@ -217,8 +226,29 @@ def _read(
     return path.name, read_arrays(path)
 
 
+def _read_sounds(folder: Path) -> Arrays:
+    """Clips of one length; what a table of them does not tell is said."""
+    arrays = read_wav_folder(folder)
+    samples = np.concatenate([n for key, n in arrays.items() if key.endswith("lengths")])
+    width = next(clips.shape[1] for part, clips in arrays.items() if part in ("x", *PARTS))
+    short = int((samples < width).sum())
+    if short:
+        warnings.warn(
+            f"{short} of {len(samples)} clips are shorter than {width} samples and end in zeros "
+            f"({1 - samples.mean() / width:.0%} of all numbers), which a model scores like sound: "
+            "cut them to one length, or give the lengths from Python",
+            UserWarning,
+            stacklevel=2,
+        )
+    return arrays
+
+
 def _read_text(
-    path: Path, valid_fraction: float | None, test_fraction: float | None, seed: int
+    path: Path,
+    valid_fraction: float | None,
+    test_fraction: float | None,
+    seed: int,
+    like: Dataset | None,
 ) -> Arrays:
     """A user's sentences, split before their words are counted."""
     lines = read_lines(path)
@@ -228,7 +258,11 @@ def _read_text(
     }
     index = _partition(path.name, len(lines), shares, seed)
     parts = {part: [lines[row] for row in rows.tolist()] for part, rows in index.items()}
-    return sentences(path.name, parts)
+    if like is None:
+        return sentences(path.name, parts)
+    if like.vocabulary is None:
+        raise OptionError(f"like={like.name} is no text, and {path.name} is: leave it out")
+    return sentences(path.name, parts, vocabulary=like.vocabulary, length=like.x_dim)
 
 
 @dataclass(frozen=True)

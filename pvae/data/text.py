@@ -77,24 +77,32 @@ def build_vocabulary(
     return (*SPECIAL, *kept[: (max_size or _MAX_WORDS) - len(SPECIAL)])
 
 
+def _words(line: str) -> list[str]:
+    words = line.split()
+    return words[:-1] if words and words[-1] == "<eos>" else words
+
+
 def encode(lines: Lines, vocabulary: Sequence[str], length: int | None = None) -> NDArray[np.int32]:
     """Word numbers with ``<eos>`` at the end of each sentence, padded: ``(N, T)``.
 
     Args:
-        lines: Sentences.
+        lines: Sentences; a last word ``<eos>`` is their end and not counted twice.
         vocabulary: From :func:`build_vocabulary`; other words are ``<unk>``.
         length: T; that of the longest sentence and its end, if left out.
 
     Raises:
         DataError: a sentence has more than T words with its end.
     """
-    numbers = {word: number for number, word in enumerate(vocabulary)}
     unknown, end = SPECIAL.index("<unk>"), SPECIAL.index("<eos>")
-    rows = [[numbers.get(word, unknown) for word in line.split()] + [end] for line in lines]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    for word in SPECIAL:  # written in a line they are words like others
+        numbers[word] = unknown
+    rows = [[numbers.get(word, unknown) for word in _words(line)] + [end] for line in lines]
     longest = max(map(len, rows))
     if length is not None and longest > length:
         raise DataError(
-            f"a sentence has {longest} words with its end, expected at most {length}: shorten it"
+            f"a sentence has {longest} words with its end, expected at most {length}: shorten it, "
+            "or train on text with one as long"
         )
     x = np.zeros((len(rows), length or longest), np.int32)
     for place, row in enumerate(rows):
@@ -108,6 +116,8 @@ def sentences(
     *,
     min_count: int = _MIN_COUNT,
     max_size: int | None = None,
+    vocabulary: Sequence[str] | None = None,
+    length: int | None = None,
 ) -> dict[str, NDArray[np.generic]]:
     """The arrays of a set of sentences: a split each, and the vocabulary of ``train``.
 
@@ -118,16 +128,24 @@ def sentences(
         parts: ``train``, ``valid`` and ``test`` -> sentences.
         min_count: Words rarer in ``train`` are unknown.
         max_size: Most entries of the vocabulary.
+        vocabulary: Another training's, instead of that of ``train``.
+        length: See :func:`encode`.
+
+    Raises:
+        DataError: a sentence has more words than ``length`` holds.
     """  # fmt: skip
-    vocabulary = build_vocabulary(parts["train"], min_count=min_count, max_size=max_size)
-    length = 1 + max(len(line.split()) for lines in parts.values() for line in lines)
+    is_given = vocabulary is not None
+    others = [part for part in parts if is_given or part != "train"]
+    if vocabulary is None:
+        vocabulary = build_vocabulary(parts["train"], min_count=min_count, max_size=max_size)
+    length = length or 1 + max(len(_words(line)) for lines in parts.values() for line in lines)
     known = set(vocabulary)
-    words = [w for part in parts if part != "train" for line in parts[part] for w in line.split()]
+    words = [word for part in others for line in parts[part] for word in _words(line)]
     unseen = sum(word not in known for word in words)
     if unseen:
         warnings.warn(
-            f"{name}: {unseen} of {len(words)} words of valid and test are not in the vocabulary "
-            f"of train ({len(vocabulary)} entries) and count as <unk>",
+            f"{name}: {unseen} of {len(words)} words {'' if is_given else 'of valid and test '}are "
+            f"not in the vocabulary of train ({len(vocabulary)} entries) and count as <unk>",
             UserWarning,
             stacklevel=2,
         )

@@ -28,10 +28,12 @@ __all__ = [
 _EXAMPLE = 8  # rows of the data that a guide may be derived from
 
 
-def data_of(config: dict[str, Any], *, streams: bool = False) -> Dataset:
+def data_of(
+    config: dict[str, Any], *, streams: bool = False, like: Dataset | None = None
+) -> Dataset:
     """The data set of a configuration; its split does not depend on the seed of the training.
 
-    With ``streams``, the rows of a large file stay there.
+    With ``streams``, the rows of a large file stay there; for ``like`` see :func:`pvae.data.load`.
     """
     from pvae.data import load as load_data
 
@@ -42,6 +44,7 @@ def data_of(config: dict[str, Any], *, streams: bool = False) -> Dataset:
         size=config.get("data_size"),
         unreadable=config.get("data_unreadable", "stop"),
         streams=streams,
+        like=like,
         seed=0,
     )
 
