@@ -90,6 +90,7 @@ class DeepMarkov(nn.Module):
         OptionError: no transition or likelihood is called so, or the shape does not fit.
     """
 
+    takes_padding = True
     train_defaults = {"guide": "forward_backward"}
 
     def __init__(

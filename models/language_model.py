@@ -35,6 +35,7 @@ class LanguageModel(nn.Module):
             cannot be staged.
     """
 
+    takes_padding = True
     prior_loc: Tensor
 
     train_defaults = {"guide": "exact"}

@@ -39,6 +39,7 @@ class Text(nn.Module):
             cannot be staged.
     """
 
+    takes_padding = True
     train_defaults = {"guide": "text"}
 
     def __init__(

@@ -349,8 +349,8 @@ def _mean(name: str, family: Any) -> Tensor:
         mode: Tensor = family.mode
         return mode.expand(shape)
     raise ProgramError(
-        f"observed site {name!r} ({type(family).__name__}) has no mean that torch knows: decode "
-        "with draw=True"
+        f"observed site {name!r} ({type(family).__name__}) has no mean that torch knows: from "
+        "Python decode with draw=True; pvae sample writes sentences"
     )
 
 

@@ -370,3 +370,36 @@ def test_the_command_line_trains_on_batches_of_like_length(tmp_path, capsys, mon
     assert sorted(path.name for path in Path("runs").iterdir() if path.name[0] != ".") == [
         "language-model-words-1", "language-model-words-2",
     ]  # fmt: skip
+
+
+def test_other_text_is_judged_by_the_words_of_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    counts, things = ("one", "two", "three", "four"), ("cats", "dogs", "old men")
+    lines = [f"{count} {thing}" for count in counts for thing in things]
+    Path("own.txt").write_text("\n".join(lines * 3))
+    Path("other.txt").write_text("\n".join(reversed(lines * 3)))
+    Path("strange.txt").write_text("\n".join(["eins hund", "zwei katzen"] * 9))
+    Path("long.txt").write_text("\n".join(["one two three four cats dogs"] * 18))
+    train = ["train", "text", "--data", "own.txt", "--epochs", "1", "--run-dir", "run"]
+    assert main([*train, "--model.hidden", "8", "--model.embedding", "8"]) == 0
+    capsys.readouterr()
+    judge = ["evaluate", "run", "--num-particles", "5", "--data"]
+    assert main([*judge, "other.txt"]) == 0
+    assert "<unk>" not in capsys.readouterr().err
+    assert main([*judge, "strange.txt"]) == 0
+    assert "36 of 36 words are not in the vocabulary of train" in capsys.readouterr().err
+    assert main([*judge, "long.txt"]) != 0
+    assert "expected at most 4: shorten it" in capsys.readouterr().err
+    Path("own.txt").rename("moved.txt")
+    assert main([*judge, "other.txt"]) != 0
+    assert "own.txt, are not there: put them back" in capsys.readouterr().err
+
+
+def test_a_model_of_tables_is_told_of_the_padding(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.txt").write_text("\n".join(["a b c", "d"] * 12))
+    train = ["train", "vae", "--data", "own.txt", "--epochs", "1", "--run-dir", "run"]
+    assert main([*train, "--model.hidden", "[8]", "--guide.hidden", "[8]"]) == 0
+    said = capsys.readouterr().err
+    assert "stand after the end of a sequence" in said
+    assert "text, language_model" in said

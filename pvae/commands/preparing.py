@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from pvae.data import Dataset
     from pvae.distributed import Group
 
-__all__ = ["data_for", "grouped", "load_data", "threads", "warn_of_unscored"]
+__all__ = [
+    "data_for", "grouped", "load_data", "threads", "warn_of_padding", "warn_of_unscored",
+]  # fmt: skip
 
 _SMALL = 1_000_000  # numbers of training data
 
@@ -55,6 +57,21 @@ def _warn_of_constants(dataset: Dataset) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+def warn_of_padding(model: Any, dataset: Dataset) -> None:
+    """A model of tables scores what stands after the end of a sequence like all the rest."""
+    if dataset.padding is None or getattr(model, "takes_padding", False):
+        return
+    share = 1 - dataset.num_dims(dataset.train) / dataset.x_dim
+    fit = "text, language_model" if dataset.vocabulary is not None else "deep_markov"
+    warnings.warn(
+        f"{share:.0%} of the numbers in {dataset.name} stand after the end of a sequence, and a "
+        "model without takes_padding = True scores them like the rest, while bits/dim leave them "
+        f"out: made for such data is {fit}",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def warn_of_unscored(model: Any, dataset: Dataset) -> None:

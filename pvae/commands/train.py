@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae import __version__, catalogue, runs
-from pvae.commands.preparing import grouped, load_data, threads, warn_of_unscored
+from pvae.commands.preparing import (
+    grouped,
+    load_data,
+    threads,
+    warn_of_padding,
+    warn_of_unscored,
+)
 from pvae.commands.programs import Programs, choose_likelihood
 from pvae.commands.saying import say
 from pvae.errors import OptionError, RunError
@@ -193,6 +199,7 @@ def train_into(
     moments = runs.statistics(dataset) | runs.example_rows(dataset)
     resumed = before is not None
     model, guide = runs.pair(config, about | moments, folder=folder if resumed else None)
+    warn_of_padding(model, dataset)
     trackers: list[Any] = [Doctor()] if progress else []
     if config["track"] is not None or config["pictures"] is not None:
         from pvae.watching import watchers

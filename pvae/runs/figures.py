@@ -37,9 +37,10 @@ def draw_board_figures(
         "training_curves": lambda: plots.training_curves(
             {name: _on_the_original_scale(run.history, dataset) for name, run in networks.items()}
         ),
-        "samples": lambda: _samples(networks, classical, dataset),
-        "reconstructions": lambda: _reconstructions(networks, dataset),
     }
+    if dataset.vocabulary is None:  # the numbers of words are no quantity to draw
+        pictures["samples"] = lambda: _samples(networks, classical, dataset)
+        pictures["reconstructions"] = lambda: _reconstructions(networks, dataset)
     if any(getattr(density, "selection", None) for density in classical.values()):
         pictures["selection"] = lambda: plots.selection_curves(classical)
     if dataset.test.labels is not None:
