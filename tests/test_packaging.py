@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {
         "allocation",
+        "broadcasts",
         "contexts",
         "errors",
         "inversion",
