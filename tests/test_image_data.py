@@ -251,3 +251,11 @@ def test_of_an_animation_the_first_picture_is_taken_with_a_warning(tmp_path):
 def test_a_size_is_no_larger_than_a_picture(tmp_path):
     with pytest.raises(OptionError, match="up to 16384"):
         read_image_folder(tmp_path, 99_999_999)
+
+
+def test_black_and_white_images_are_bits(tmp_path):
+    bits = np.random.default_rng(0).integers(0, 2, (12, 5, 5)).astype(bool)
+    for number, image in enumerate(bits):
+        Image.fromarray(image).save(tmp_path / f"{number:02}.png")
+    assert np.array_equal(read_image_folder(tmp_path)["x"], bits)
+    assert pvae.data.load(tmp_path).kind == "binary"
