@@ -109,8 +109,8 @@ def read_image_folder(
     Files directly in the folder make one set; files in ``train`` and ``test`` (and ``valid``) keep
     that split. Sub-folders other than these are labels, numbered in the order of their names.
     Images become grey if all of them are, else red, green and blue; bytes 0 to 255, of sixteen bits
-    the upper eight, and 0 and 1 where nothing but black and white is in them. What is transparent is
-    white; of several pictures in a file the first is taken.
+    the upper eight, and 0 and 1 where all is black or white. What is transparent is white; of
+    several pictures in a file the first is taken.
 
     Args:
         folder: The folder.
