@@ -12,6 +12,7 @@ of samples between -1 and 1, which are 2^-15 apart in a file of 16 bits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro
@@ -27,6 +28,20 @@ from pvae.networks import MLP, join
 __all__ = ["Waveform"]
 
 _QUIETEST = 1e-3  # of samples between -1 and 1: 33 of the 32768 steps of 16 bits
+_MOST_FRAMES = 128  # where none are asked for: a state that has not learned yet drifts far
+
+
+def _frames(x_dim: int) -> tuple[int, int]:
+    if x_dim <= _MOST_FRAMES:
+        return x_dim, 1
+    lengths = [length for length in range(16, _MOST_FRAMES + 1) if x_dim % length == 0]
+    if not lengths:
+        raise OptionError(
+            f"a sound of {x_dim} samples is not made of 16 to {_MOST_FRAMES} equal frames: cut the "
+            "clips to a multiple of 96 samples"
+        )
+    length = min(lengths, key=lambda length: abs(math.log(length / 96)))
+    return length, x_dim // length
 
 
 class Drift(nn.Module):
@@ -52,7 +67,8 @@ class Waveform(nn.Module):
 
     Args:
         x_dim: Samples of a sound, ``T * D``.
-        image_shape: ``(T, D)``; D is one if it is left out.
+        image_shape: ``(T, D)``; if it is left out, the T of 16 to 128 nearest to 96 that divides
+            ``x_dim``, and of short sounds frames of one sample.
         z_dim: Number of state dimensions.
         width: Width of the networks.
 
@@ -71,7 +87,7 @@ class Waveform(nn.Module):
         width: int = 128,
     ) -> None:
         super().__init__()
-        shape = (x_dim, 1) if image_shape is None else tuple(image_shape)
+        shape = _frames(x_dim) if image_shape is None else tuple(image_shape)
         if len(shape) != 2 or shape[0] * shape[1] != x_dim:
             raise OptionError(
                 f"image_shape is the (frames, samples of each) of a sound of {x_dim} samples, got "

@@ -329,7 +329,9 @@ class Options:
             key = name.replace("-", "_")
             label = self._label(key, origin)
             if key in filled_names and key in self.hidden:
-                raise OptionError(f"{label} is known from the data: leave it out")
+                raise OptionError(
+                    f"{label} is known from the data: leave it out, and give data of that form"
+                )
             if key not in self.actions:
                 known = [self._label(n, "") if not origin else n for n in self.actions]
                 asked = f"--{self.prefix}.{key}" if not origin else key

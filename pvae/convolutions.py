@@ -91,7 +91,7 @@ def image_shape_of(x_dim: int, image_shape: Sequence[int] | None = None) -> Imag
     shape = tuple(image_shape)
     if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != x_dim:
         raise OptionError(
-            f"image_shape {shape} does not hold {x_dim} features: expected (H, W), (C, H, W) or "
+            f"image_shape {shape} is no image of {x_dim} features: expected (H, W), (C, H, W) or "
             "(H, W, C) whose product is that number"
         )
     if len(shape) == 2:

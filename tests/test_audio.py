@@ -367,6 +367,14 @@ def test_sounds_generated_and_scored_have_one_density():
     assert not torch.allclose(again.nodes["x"]["fn"].log_prob(shuffled), drawn)
 
 
+def test_a_sound_is_cut_into_frames_where_none_are_asked_for():
+    for samples, frames in ((20, (20, 1)), (600, (100, 6)), (6144, (96, 64)), (65536, (128, 512))):
+        model = Waveform(samples, z_dim=2, width=6)
+        assert (model.length, model.num_features) == frames
+    with pytest.raises(OptionError, match="cut the clips to a multiple of 96"):
+        Waveform(2371)
+
+
 def test_staged_training_of_waveforms_is_eager_training():
     histories = []
     for engine in ("eager", "staged"):

@@ -38,8 +38,8 @@ def test_rows_become_images_and_rows_again(shape):
 
 @pytest.mark.parametrize(
     ("x_dim", "shape", "words"),
-    [(6, None, "no square image"), (6, (2, 4), "does not hold 6"), (6, (6,), "does not hold 6"),
-     (0, (0, 3), "does not hold 0")],
+    [(6, None, "no square image"), (6, (2, 4), "no image of 6"), (6, (6,), "no image of 6"),
+     (0, (0, 3), "no image of 0"), (24, (2, 3, 2, 2), "no image of 24")],
 )  # fmt: skip
 def test_what_is_no_image_is_refused_in_one_sentence(x_dim, shape, words):
     with pytest.raises(OptionError, match=words):
