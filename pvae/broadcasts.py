@@ -46,22 +46,21 @@ def compute_before_broadcast(graph: Graph, hold: Any, dear: Iterable[Any] = ()) 
         dear: Elementwise operators that take long, beside those of ATen.
     """
     take_long = _DEAR.union(dear)
+    elementwise = take_long | _CHEAP
     for node in _on_cpu(graph):
-        if node.target in take_long | _CHEAP:
+        if node.target in elementwise:
             _move(graph, node)
     graph.eliminate_dead_code()
-    elementwise = take_long | _CHEAP
     costly: set[Node] = set()  # what is not stored and takes long to compute anew
     for node in _on_cpu(graph):
         starts = node.target in take_long or node.target is _aten.index.Tensor
-        if starts or (node.target in _CHEAP and not costly.isdisjoint(node.all_input_nodes)):
-            costly.add(node)
-        spreads = any(
-            u.target in elementwise | {_EXPAND} and _is_spread(node, u) for u in node.users
-        )
-        if node in costly and spreads:
+        if not starts and (node.target not in _CHEAP or costly.isdisjoint(node.all_input_nodes)):
+            continue
+        spreading = [user for user in node.users if user.target in elementwise | {_EXPAND}]
+        if any(_is_spread(node, user) for user in spreading):
             _store(graph, node, hold)
-            costly.remove(node)
+        else:
+            costly.add(node)
 
 
 def _move(graph: Graph, node: Node) -> None:

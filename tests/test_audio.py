@@ -375,6 +375,16 @@ def test_a_sound_is_cut_into_frames_where_none_are_asked_for():
         Waveform(2371)
 
 
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    path = write_wav(tmp_path / "a.wav", tone(440, 900), 8000)
+    monkeypatch.setattr(named, "_require_whole", refuse)
+    with pytest.raises(DataError, match="a.wav cannot be read as wav .*Permission denied"):
+        read_wav(path)
+
+
 def test_staged_training_of_waveforms_is_eager_training():
     histories = []
     for engine in ("eager", "staged"):

@@ -402,4 +402,4 @@ def test_a_model_of_tables_is_told_of_the_padding(tmp_path, monkeypatch, capsys)
     assert main([*train, "--model.hidden", "[8]", "--guide.hidden", "[8]"]) == 0
     said = capsys.readouterr().err
     assert "stand after the end of a sequence" in said
-    assert "text, language_model" in said
+    assert "text or language_model" in said

@@ -64,11 +64,11 @@ def warn_of_padding(model: Any, dataset: Dataset) -> None:
     if dataset.padding is None or getattr(model, "takes_padding", False):
         return
     share = 1 - dataset.num_dims(dataset.train) / dataset.x_dim
-    fit = "text, language_model" if dataset.vocabulary is not None else "deep_markov"
+    fit = "text or language_model" if dataset.vocabulary is not None else "deep_markov"
     warnings.warn(
         f"{share:.0%} of the numbers in {dataset.name} stand after the end of a sequence, and a "
         "model without takes_padding = True scores them like the rest, while bits/dim leave them "
-        f"out: made for such data is {fit}",
+        f"out: for such data there is {fit}",
         UserWarning,
         stacklevel=2,
     )
@@ -114,7 +114,7 @@ def data_for(config: dict[str, Any], other: str | None) -> Dataset:
 def _own_data(config: dict[str, Any]) -> Dataset:
     from pvae.data import sources
 
-    path = Path(config["data"])
+    path = Path(config["data"]).expanduser()
     if config["data"] not in sources() and not path.exists():
         raise DataError(
             f"the data of the run, {path}, are not there: put them back, or say in the run's "

@@ -141,8 +141,8 @@ def read_wav(path: str | Path) -> tuple[NDArray[np.float32], int]:
     soundfile = _soundfile()
     if not path.is_file():
         raise DataError(f"{path} is not a file: check the path")
-    _require_whole(path)
     with reading(path, "wav"):
+        _require_whole(path)
         clip, rate = soundfile.read(path, dtype="float32", always_2d=True)
     mono: NDArray[np.float32] = clip.mean(1)
     if len(mono) < _SHORTEST:

@@ -36,7 +36,7 @@ Arrays = dict[str, NDArray[Any]]
 
 FORMATS = (".csv", ".npy", ".npz")
 PARTS = ("train", "valid", "test")
-_MOST_OTHERS = 100_000
+_MOST_OTHERS = 100_000  # files of a folder that are not looked for
 _LABELS = {"labels": "labels", "y": "labels"} | {
     f"{part}_{suffix}": f"{part}_labels" for part in PARTS for suffix in ("labels", "y")
 }

@@ -18,6 +18,7 @@ from pvae.errors import DataError, OptionError
 __all__ = ["cifar10", "omniglot", "read_cifar10", "read_image_folder"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MOST_PIXELS = 2**14  # a side
 
 _OMNIGLOT = "omniglot/omniglot28_area_derived.npz"
 _CIFAR10 = Remote(
@@ -173,7 +174,6 @@ def _files(root: Path) -> list[Path]:
     return files
 
 
-_MOST_PIXELS = 2**14  # a side
 _Read = tuple[Path, str, Any]
 
 
@@ -210,7 +210,8 @@ def _decode(path: Path, size: tuple[int, int] | None) -> tuple[str, Any, bool]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            mode = "L" if image.mode in ("1", "L", "LA", "I;16", "I;16B") else "RGB"
+            is_grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I;16")
+            mode = "L" if is_grey else "RGB"
             plain, moves = _plain(image, mode), getattr(image, "n_frames", 1) > 1
     if size is not None and plain.size != size[::-1]:
         # Averages over the areas of the new pixels where it shrinks.

@@ -95,7 +95,7 @@ def encode(lines: Lines, vocabulary: Sequence[str], length: int | None = None) -
     """
     unknown, end = SPECIAL.index("<unk>"), SPECIAL.index("<eos>")
     numbers = {word: number for number, word in enumerate(vocabulary)}
-    for word in SPECIAL:  # written in a line they are words like others
+    for word in SPECIAL:  # written in a line, a word that nobody knows
         numbers[word] = unknown
     rows = [[numbers.get(word, unknown) for word in _words(line)] + [end] for line in lines]
     longest = max(map(len, rows))
